@@ -1,0 +1,3 @@
+from gcompute.cli.main import main
+
+main()

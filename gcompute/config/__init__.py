@@ -1,0 +1,1 @@
+"""What to run: frozen dataclasses, validated on construction, loaded without JAX."""

@@ -1,0 +1,95 @@
+"""What a training run is: data, optimizer, and the run itself."""
+
+from dataclasses import dataclass
+
+from gcompute.config.fields import check_choices, check_numbers, option
+from gcompute.config.mesh import MeshShape
+
+OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "adam", "nadamw", "lamb", "sgd")
+REMAT_POLICIES = ("none", "dots", "full")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    data: str = option("stdlib", "stdlib (this Python's own source text), a text file, or a directory of text files")
+    tokenizer: str = option("bpe:4096", "byte, char, bpe:VOCAB (trained on the data), or a tokenizer.json")
+    val_fraction: float = option(0.1, "share of the text kept for validation (of the files, or the end of one file)")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, got {self.val_fraction}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer, its schedule and its clipping."""
+
+    optimizer: str = option("adamw", "which optimizer, from optax", choices=OPTIMIZERS)
+    learning_rate: float = option(1e-3, "peak learning rate")
+    schedule: str = option("cosine", "after the warm-up", choices=("cosine", "linear", "constant", "wsd"))
+    warmup_steps: int = option(100, "steps of linear warm-up from 0")
+    final_fraction: float = option(0.1, "learning rate at the end, as a share of the peak")
+    weight_decay: float = option(0.1, "decoupled weight decay on matrices; biases, norms and embeddings are left alone")
+    b1: float = option(0.9, "decay of the first moment (momentum for sgd and muon)")
+    b2: float = option(0.99, "decay of the second moment")
+    eps: float = option(1e-8, "added to the root of the second moment")
+    clip: float = option(1.0, "largest global norm of the gradient; 0 turns clipping off")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_numbers(
+            self,
+            positive=("learning_rate", "eps"),
+            at_least_zero=("warmup_steps", "final_fraction", "weight_decay", "b1", "b2", "clip"),
+        )
+        if self.b1 >= 1 or self.b2 >= 1:
+            raise ValueError(f"b1 and b2 must be below 1, got b1={self.b1}, b2={self.b2}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How long to train, in what pieces, and what to keep."""
+
+    batch: int = option(32, "sequences a step, over all devices")
+    seq: int | None = option(None, "tokens a sequence (default: the model's context)")
+    steps: int = option(1000, "optimizer steps")
+    accumulation: int | None = option(
+        None, "microbatches a step (default: as many as keep one near the cache on CPU, 1 elsewhere)"
+    )
+    mesh: MeshShape = option(MeshShape(), "mesh axes and sizes, as in data=2,fsdp=4")
+    precision: str = option("bfloat16", "dtype of matmul operands; results are float32", choices=PRECISIONS)
+    residual: str = option("float32", "dtype of the residual stream", choices=PRECISIONS)
+    remat: str = option("none", "what the backward pass recomputes", choices=REMAT_POLICIES)
+    unroll: int | None = option(None, "layers a scan step (default: all on CPU, 1 elsewhere)")
+    seed: int = option(0, "seed of the initial values and of the order of the data")
+    eval_every: int = option(200, "steps between evaluations; 0: only at the end")
+    eval_batches: int | None = option(20, "validation batches an evaluation (the last one covers the whole split)")
+    checkpoint_every: int = option(200, "steps between checkpoints; 0: only at the end")
+    keep: int = option(3, "checkpoints kept")
+    log_every: int = option(10, "steps between lines of the metrics file's summary on a terminal that is not interactive")
+    dispatch_steps: int | None = option(None, "most steps one dispatch runs (default: as many as take half a second)")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_numbers(
+            self,
+            positive=(
+                "batch",
+                "seq",
+                "steps",
+                "accumulation",
+                "unroll",
+                "eval_batches",
+                "keep",
+                "log_every",
+                "dispatch_steps",
+            ),
+            at_least_zero=("seed", "eval_every", "checkpoint_every"),
+        )
+        if self.accumulation and self.batch % self.accumulation:
+            raise ValueError(
+                f"batch={self.batch} does not divide into accumulation={self.accumulation} microbatches."
+            )
