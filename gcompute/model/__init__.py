@@ -1,0 +1,1 @@
+"""The Flax transformer: modules of dims, never of mesh axes."""

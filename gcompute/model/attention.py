@@ -1,0 +1,93 @@
+"""Causal grouped-query attention, with or without a key/value cache."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from gcompute.config.model import ModelConfig
+from gcompute.model.kv_cache import write
+from gcompute.model.layers import INIT_STD, RMSNorm, constant, matrix, rotate
+from gcompute.model.matmul import linear, scores, weighted_sum
+
+# Finite, so that a row with no visible key gives a uniform distribution and not NaN.
+MASKED = -1e30
+
+
+def attend(
+    q_BTNH: Float[Array, "b t n h"],
+    k_BSKH: Float[Array, "b s k h"],
+    v_BSKH: Float[Array, "b s k h"],
+    visible_BTS: Bool[Array, "#b t s"],
+    compute: jnp.dtype,
+) -> Float[Array, "b t n h"]:
+    """softmax(q k^T / sqrt(H)) v, over the keys that each query may see; N / K queries share a key/value head.
+
+    Heads come first and the G queries of a group are laid one after another, so both products are plain batched
+    matmuls: on CPU they run faster than the four-index einsum over [B, T, N, H].
+    Source: Vaswani et al. 2017, equation 1; Ainslie et al. 2023 (GQA).
+    """
+    b, t, n, h = q_BTNH.shape
+    k = k_BSKH.shape[2]
+    groups = n // k
+    scaled_BTKGH = (q_BTNH * h**-0.5).reshape(b, t, k, groups, h)
+    q_BKQH = scaled_BTKGH.transpose(0, 2, 3, 1, 4).reshape(b, k, groups * t, h)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    s_BKQS = scores(q_BKQH, k_BKSH, compute)
+    visible_BKQS = jnp.tile(visible_BTS, (1, groups, 1))[:, None]
+    p_BKQS = jax.nn.softmax(jnp.where(visible_BKQS, s_BKQS, MASKED), axis=-1)
+    o_BKQH = weighted_sum(p_BKQS, v_BKSH, compute)
+    return o_BKQH.reshape(b, k, groups, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+class Attention(nnx.Module):
+    """Projections to q, k and v, positions, attention, and the projection back."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, n, k, h = config.dim, config.heads, config.num_kv_heads, config.head_size
+        self.q_DNH = matrix("DNH", (d, n, h), rngs)
+        self.k_DKH = matrix("DKH", (d, k, h), rngs)
+        self.v_DKH = matrix("DKH", (d, k, h), rngs)
+        self.o_NHD = matrix("NHD", (n, h, d), rngs, std=INIT_STD / (2 * config.layers) ** 0.5)
+        self.q_bias_NH = constant("NH", (n, h), 0.0) if config.bias else None
+        self.k_bias_KH = constant("KH", (k, h), 0.0) if config.bias else None
+        self.v_bias_KH = constant("KH", (k, h), 0.0) if config.bias else None
+        self.o_bias_D = constant("D", (d,), 0.0) if config.bias else None
+        self.q_norm = RMSNorm(h, config.norm_eps, dims="H") if config.qk_norm else None
+        self.k_norm = RMSNorm(h, config.norm_eps, dims="H") if config.qk_norm else None
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "b t d"],
+        *,
+        positions_BT: Int[Array, "#b t"],
+        rotary: Float[Array, "2 #b t half"] | None,
+        cache: tuple[Array, Array] | None,
+        compute: jnp.dtype,
+    ) -> tuple[Float[Array, "b t d"], tuple[Array, Array] | None]:
+        b, t, _ = x_BTD.shape
+        q_BTNH = self._project(x_BTD, self.q_DNH, self.q_bias_NH, compute)
+        k_BTKH = self._project(x_BTD, self.k_DKH, self.k_bias_KH, compute)
+        v_BTKH = self._project(x_BTD, self.v_DKH, self.v_bias_KH, compute)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        if rotary is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, rotary), rotate(k_BTKH, rotary)
+        if cache is None:
+            keys_BSKH, values_BSKH = k_BTKH, v_BTKH
+            slots_S = jnp.arange(t)
+            visible_BTS = (slots_S <= slots_S[:, None])[None]
+        else:
+            keys_BSKH, values_BSKH = cache = (
+                write(cache[0], k_BTKH, positions_BT),
+                write(cache[1], v_BTKH, positions_BT),
+            )
+            visible_BTS = jnp.arange(keys_BSKH.shape[1]) <= positions_BT[..., None]
+        o_BTNH = attend(q_BTNH, keys_BSKH, values_BSKH, visible_BTS, compute)
+        out_BTD = linear(o_BTNH.reshape(b, t, -1), self.o_NHD[...].reshape(-1, x_BTD.shape[-1]), compute)
+        return out_BTD if self.o_bias_D is None else out_BTD + self.o_bias_D[...], cache
+
+    def _project(self, x_BTD: Array, w: nnx.Param, bias: nnx.Param | None, compute: jnp.dtype) -> Array:
+        d, heads, h = w.shape
+        y = linear(x_BTD, w[...].reshape(d, heads * h), compute).reshape(*x_BTD.shape[:2], heads, h)
+        return y if bias is None else y + bias[...]

@@ -1,0 +1,103 @@
+"""The matrix products of the transformer: operands in a compute dtype, results and weight gradients in float32.
+
+Autodiff of a dot with bfloat16 operands and a float32 result multiplies a float32 cotangent with a bfloat16 operand,
+which backends carry out as a float32 product. The rules here cast the cotangent to the compute dtype instead, as every
+mixed-precision trainer does, and spell each gradient product in a form that XLA:CPU keeps in the fast path: it upcasts
+a bfloat16 dot that contracts one leading dim of both operands, and does not when two dims are contracted.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def accumulator(compute: jnp.dtype) -> jnp.dtype:
+    """The dtype of results: float32, or float64 where the operands are float64."""
+    return jnp.promote_types(compute, jnp.float32)
+
+
+def _dot(spec: str, x: Array, y: Array, compute: jnp.dtype) -> Array:
+    # float32 operands mean float32 arithmetic: TPUs and recent GPUs would otherwise round them to fewer bits.
+    precision = None if compute == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    return jnp.einsum(
+        spec, x.astype(compute), y.astype(compute), precision=precision, preferred_element_type=accumulator(compute)
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x_BTI: Float[Array, "b t i"], w_IO: Float[Array, "i o"], compute: jnp.dtype) -> Float[Array, "b t o"]:
+    """y = x @ w over the last dim of x."""
+    return _dot("bti,io->bto", x_BTI, w_IO, compute)
+
+
+def _linear_forward(x_BTI: Array, w_IO: Array, compute: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    return linear(x_BTI, w_IO, compute), (x_BTI, w_IO)
+
+
+def _linear_backward(compute: jnp.dtype, saved: tuple[Array, Array], dy_BTO: Array) -> tuple[Array, Array]:
+    x_BTI, w_IO = saved
+    dx_BTI = _dot("bto,io->bti", dy_BTO, w_IO, compute)
+    if x_BTI.shape[-1] > dy_BTO.shape[-1] and compute != jnp.bfloat16:
+        # XLA:CPU transposes the first operand, recomputing what produced it element by element: hand it the narrower.
+        dw_IO = _dot("bto,bti->oi", dy_BTO, x_BTI, compute).T
+    else:
+        dw_IO = _dot("bti,bto->io", x_BTI, dy_BTO, compute)
+    return dx_BTI.astype(x_BTI.dtype), dw_IO.astype(w_IO.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _transposed_product(x_BKQS: Array, y_BKQH: Array, compute: jnp.dtype) -> Array:
+    """x^T @ y for each batch and head, [b, k, s, h]."""
+    b, k, q, s = x_BKQS.shape
+    if q % 2:
+        return _dot("bkqs,bkqh->bksh", x_BKQS, y_BKQH, compute)
+    halves_x, halves_y = x_BKQS.reshape(b, k, 2, q // 2, s), y_BKQH.reshape(b, k, 2, q // 2, -1)
+    return _dot("bkzqs,bkzqh->bkhs", halves_x, halves_y, compute).swapaxes(-1, -2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scores(
+    q_BKQH: Float[Array, "b k q h"], k_BKSH: Float[Array, "b k s h"], compute: jnp.dtype
+) -> Float[Array, "b k q s"]:
+    """Attention scores q @ k^T for each batch and key/value head."""
+    return _dot("bkqh,bksh->bkqs", q_BKQH, k_BKSH, compute)
+
+
+def _scores_forward(q_BKQH: Array, k_BKSH: Array, compute: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    return scores(q_BKQH, k_BKSH, compute), (q_BKQH, k_BKSH)
+
+
+def _scores_backward(compute: jnp.dtype, saved: tuple[Array, Array], ds_BKQS: Array) -> tuple[Array, Array]:
+    q_BKQH, k_BKSH = saved
+    dq_BKQH = _dot("bkqs,bksh->bkqh", ds_BKQS, k_BKSH, compute)
+    dk_BKSH = _transposed_product(ds_BKQS, q_BKQH, compute)
+    return dq_BKQH.astype(q_BKQH.dtype), dk_BKSH.astype(k_BKSH.dtype)
+
+
+scores.defvjp(_scores_forward, _scores_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def weighted_sum(
+    p_BKQS: Float[Array, "b k q s"], v_BKSH: Float[Array, "b k s h"], compute: jnp.dtype
+) -> Float[Array, "b k q h"]:
+    """Attention output p @ v for each batch and key/value head."""
+    return _dot("bkqs,bksh->bkqh", p_BKQS, v_BKSH, compute)
+
+
+def _weighted_sum_forward(p_BKQS: Array, v_BKSH: Array, compute: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    return weighted_sum(p_BKQS, v_BKSH, compute), (p_BKQS, v_BKSH)
+
+
+def _weighted_sum_backward(compute: jnp.dtype, saved: tuple[Array, Array], do_BKQH: Array) -> tuple[Array, Array]:
+    p_BKQS, v_BKSH = saved
+    dp_BKQS = _dot("bkqh,bksh->bkqs", do_BKQH, v_BKSH, compute)
+    dv_BKSH = _transposed_product(p_BKQS, do_BKQH, compute)
+    return dp_BKQS.astype(p_BKQS.dtype), dv_BKSH.astype(v_BKSH.dtype)
+
+
+weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
