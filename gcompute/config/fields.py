@@ -44,3 +44,9 @@ def check_numbers(config: Any, *, positive: tuple[str, ...] = (), at_least_zero:
             too_low = value <= lowest if lowest is not None else value < 0
             if too_low or not math.isfinite(value):
                 raise ValueError(f"{name} must be {word}, got {value}.")
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON and TOML can hold it; a field whose type has a text form (a mesh) becomes that text."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: str(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}

@@ -1,6 +1,5 @@
 """The shape of one decoder-only transformer."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from gcompute.config.fields import check_choices, check_numbers, option
@@ -76,6 +75,3 @@ class ModelConfig:
         if self.ffn is not None:
             return self.ffn
         return -(-8 * self.dim // 3 // 32) * 32 if self.gated else 4 * self.dim
-
-    def to_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)

@@ -33,7 +33,9 @@ PRESETS: dict[str, ModelConfig] = {
     "demo": ModelConfig(vocab=4096, layers=4, dim=256, heads=4, ffn=704, context=256),
     "nano-small": _nano(layers=4, dim=128, heads=4, context=64),
     "nano-baby": _nano(layers=6, dim=384, heads=6, context=256),
-    "llama-100m": ModelConfig(vocab=32000, layers=12, dim=768, heads=12, kv_heads=4, ffn=2048, context=2048, tied=False),
+    "llama-100m": ModelConfig(
+        vocab=32000, layers=12, dim=768, heads=12, kv_heads=4, ffn=2048, context=2048, tied=False
+    ),
     "gpt2": _gpt2(layers=12, dim=768, heads=12),
     "gpt2-medium": _gpt2(layers=24, dim=1024, heads=16),
     "gpt2-large": _gpt2(layers=36, dim=1280, heads=20),
@@ -69,9 +71,7 @@ def model_config(name: str) -> ModelConfig:
     path = Path(name)
     if path.suffix not in (".json", ".toml"):
         if name not in PRESETS:
-            raise ValueError(
-                f"model {name!r} is not a preset, and not a .json or .toml file. {nearest(name, PRESETS)}"
-            )
+            raise ValueError(f"model {name!r} is not a preset, and not a .json or .toml file. {nearest(name, PRESETS)}")
         return PRESETS[name]
     try:
         text = path.read_text(encoding="utf-8")

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from gcompute.config.fields import check_choices, check_numbers, option
+from gcompute.config.fields import check_choices, check_numbers, option, to_plain
 from gcompute.config.mesh import MeshShape
+from gcompute.config.model import ModelConfig
 
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "adam", "nadamw", "lamb", "sgd")
 REMAT_POLICIES = ("none", "dots", "full")
@@ -32,7 +33,7 @@ class OptimizerConfig:
     schedule: str = option("cosine", "after the warm-up", choices=("cosine", "linear", "constant", "wsd"))
     warmup_steps: int = option(100, "steps of linear warm-up from 0")
     final_fraction: float = option(0.1, "learning rate at the end, as a share of the peak")
-    weight_decay: float = option(0.1, "decoupled weight decay on matrices; biases, norms and embeddings are left alone")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices and embeddings; biases and norms have none")
     b1: float = option(0.9, "decay of the first moment (momentum for sgd and muon)")
     b2: float = option(0.99, "decay of the second moment")
     eps: float = option(1e-8, "added to the root of the second moment")
@@ -59,7 +60,7 @@ class TrainConfig:
     accumulation: int | None = option(
         None, "microbatches a step (default: as many as keep one near the cache on CPU, 1 elsewhere)"
     )
-    mesh: MeshShape = option(MeshShape(), "mesh axes and sizes, as in data=2,fsdp=4")
+    mesh: MeshShape | None = option(None, "mesh axes and sizes, as in data=2,fsdp=4 (default: all devices on data)")
     precision: str = option("bfloat16", "dtype of matmul operands; results are float32", choices=PRECISIONS)
     residual: str = option("float32", "dtype of the residual stream", choices=PRECISIONS)
     remat: str = option("none", "what the backward pass recomputes", choices=REMAT_POLICIES)
@@ -69,7 +70,9 @@ class TrainConfig:
     eval_batches: int | None = option(20, "validation batches an evaluation (the last one covers the whole split)")
     checkpoint_every: int = option(200, "steps between checkpoints; 0: only at the end")
     keep: int = option(3, "checkpoints kept")
-    log_every: int = option(10, "steps between lines of the metrics file's summary on a terminal that is not interactive")
+    log_every: int = option(
+        10, "steps between lines of the metrics file's summary on a terminal that is not interactive"
+    )
     dispatch_steps: int | None = option(None, "most steps one dispatch runs (default: as many as take half a second)")
 
     def __post_init__(self) -> None:
@@ -90,6 +93,26 @@ class TrainConfig:
             at_least_zero=("seed", "eval_every", "checkpoint_every"),
         )
         if self.accumulation and self.batch % self.accumulation:
-            raise ValueError(
-                f"batch={self.batch} does not divide into accumulation={self.accumulation} microbatches."
-            )
+            raise ValueError(f"batch={self.batch} does not divide into accumulation={self.accumulation} microbatches.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything that decides the numbers of a run."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    data: DataConfig
+
+    @property
+    def seq(self) -> int:
+        return self.train.seq or self.model.context
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch * self.seq
+
+    def to_dict(self) -> dict[str, dict[str, object]]:
+        """Plain values, a section a dataclass; the same that a TOML file holds."""
+        return {section: to_plain(getattr(self, section)) for section in ("model", "optimizer", "train", "data")}

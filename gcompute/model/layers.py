@@ -19,12 +19,12 @@ INIT_STD = 0.02
 
 def matrix(dims: str, shape: tuple[int, ...], rngs: nnx.Rngs, *, std: float = INIT_STD) -> nnx.Param:
     """A float32 parameter with normal initial values, whose `dims` name each array dim by its letter."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape), dims=dims)
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), dims=dims)
 
 
 def constant(dims: str, shape: tuple[int, ...], value: float) -> nnx.Param:
     """A float32 parameter that starts at one value."""
-    return nnx.Param(jnp.full(shape, value), dims=dims)
+    return nnx.Param(jnp.full(shape, value, jnp.float32), dims=dims)
 
 
 class RMSNorm(nnx.Module):
@@ -61,10 +61,12 @@ def make_norm(config: ModelConfig) -> nnx.Module:
     return LayerNorm(config.dim, config.norm_eps, bias=config.bias)
 
 
-def rotary_table(positions_BT: Int[Array, "b t"], head_size: int, theta: float) -> Float[Array, "2 b t half"]:
+def rotary_table(
+    positions_BT: Int[Array, "b t"], head_size: int, theta: float, dtype: jnp.dtype
+) -> Float[Array, "2 b t half"]:
     """cos and sin of position / theta^(2i/H), i below H/2. Source: Su et al. 2021 (RoFormer), equation 15."""
-    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=dtype) / head_size)
+    angles = positions_BT[..., None].astype(dtype) * frequencies
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 

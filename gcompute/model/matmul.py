@@ -50,6 +50,31 @@ def _linear_backward(compute: jnp.dtype, saved: tuple[Array, Array], dy_BTO: Arr
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear_transposed(
+    x_BTI: Float[Array, "b t i"], w_OI: Float[Array, "o i"], compute: jnp.dtype
+) -> Float[Array, "b t o"]:
+    """y = x @ w^T, for weights kept output-major such as a tied embedding; their gradient comes out output-major too.
+
+    Transposing a bfloat16 product instead fails on XLA:CPU at run time ("Unsupported element type for DotThunk").
+    """
+    return _dot("bti,oi->bto", x_BTI, w_OI, compute)
+
+
+def _linear_transposed_forward(x_BTI: Array, w_OI: Array, compute: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    return linear_transposed(x_BTI, w_OI, compute), (x_BTI, w_OI)
+
+
+def _linear_transposed_backward(compute: jnp.dtype, saved: tuple[Array, Array], dy_BTO: Array) -> tuple[Array, Array]:
+    x_BTI, w_OI = saved
+    dx_BTI = _dot("bto,oi->bti", dy_BTO, w_OI, compute)
+    dw_OI = _dot("bto,bti->oi", dy_BTO, x_BTI, compute)
+    return dx_BTI.astype(x_BTI.dtype), dw_OI.astype(w_OI.dtype)
+
+
+linear_transposed.defvjp(_linear_transposed_forward, _linear_transposed_backward)
+
+
 def _transposed_product(x_BKQS: Array, y_BKQH: Array, compute: jnp.dtype) -> Array:
     """x^T @ y for each batch and head, [b, k, s, h]."""
     b, k, q, s = x_BKQS.shape

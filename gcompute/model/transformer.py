@@ -18,7 +18,7 @@ from gcompute.config.model import ModelConfig
 from gcompute.model.attention import Attention
 from gcompute.model.kv_cache import KVCache
 from gcompute.model.layers import FeedForward, constant, make_norm, matrix, rotary_table
-from gcompute.model.matmul import linear
+from gcompute.model.matmul import accumulator, linear, linear_transposed
 
 Params = dict[str, Any]
 
@@ -95,7 +95,11 @@ class Transformer(nnx.Module):
         if self.positions_TD is not None:
             x_BTD = x_BTD + self.positions_TD[...][positions_BT]
         x_BTD = x_BTD.astype(execution.residual)
-        rotary = rotary_table(positions_BT, config.head_size, config.rope_theta) if config.positions == "rope" else None
+        rotary = None
+        if config.positions == "rope":
+            rotary = rotary_table(
+                positions_BT, config.head_size, config.rope_theta, accumulator(execution.compute)
+            )
         if isinstance(self.blocks, nnx.List):
             x_BTD, cache = self._loop(x_BTD, execution, positions_BT, rotary, cache)
         elif cache is None:
@@ -105,8 +109,10 @@ class Transformer(nnx.Module):
         if logits_at_B is not None:
             x_BTD = jnp.take_along_axis(x_BTD, logits_at_B[:, None, None], axis=1)
         x_BTD = self.norm(x_BTD)
-        head_DV = self.embedding_VD[...].T if self.head_DV is None else self.head_DV[...]
-        logits_BTV = linear(x_BTD, head_DV, execution.compute)
+        if self.head_DV is None:
+            logits_BTV = linear_transposed(x_BTD, self.embedding_VD[...], execution.compute)
+        else:
+            logits_BTV = linear(x_BTD, self.head_DV[...], execution.compute)
         return logits_BTV if logits_at_B is None else logits_BTV[:, 0], cache
 
     def _loop(
@@ -225,5 +231,3 @@ def forward(
     graphdef, _ = _split(config, stacked)
     model: Transformer = nnx.merge(graphdef, params)
     return model(tokens_BT, execution=execution, positions_BT=positions_BT, cache=cache, logits_at_B=logits_at_B)
-
-

@@ -1,0 +1,147 @@
+"""Flags from dataclasses: every field of a configuration is an option, and a TOML file says the same."""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from gcompute.config.fields import nearest
+from gcompute.config.mesh import MeshShape
+
+Config = TypeVar("Config")
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class MeshType(click.ParamType):
+    """A mesh such as data=2,fsdp=4."""
+
+    name = "mesh"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> MeshShape:
+        if isinstance(value, MeshShape):
+            return value
+        try:
+            return MeshShape.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class SectionedCommand(click.Command):
+    """Lists options under the configuration that they belong to, and its examples at the end."""
+
+    examples: tuple[str, ...] = ()
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record:
+                sections.setdefault(getattr(param, "section", "Options"), []).append(record)
+        for name in ("Options", *(name for name in sections if name != "Options")):
+            with formatter.section(name):
+                formatter.write_dl(sections.get(name, []))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:
+                    formatter.write(f"  $ {example}\n")
+
+
+class SectionedOption(click.Option):
+    """An option that knows its section of the help."""
+
+    def __init__(self, *args: Any, section: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+def value_type(config_type: type, name: str) -> type:
+    """The type of a field, without its `| None`."""
+    hint = typing.get_type_hints(config_type)[name]
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    return hint
+
+
+def config_options(config_type: type, section: str, **defaults: Any) -> Callable[[Command], Command]:
+    """A decorator that gives a click command one option for each field of `config_type`.
+
+    An option that is not given stays None, so that a file can supply it; `defaults` are what the help shows where the
+    command's default is not the field's.
+    """
+    options = []
+    for field in dataclasses.fields(config_type):
+        kind = value_type(config_type, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        default = defaults.get(field.name, field.default)
+        help_text = field.metadata["help"]
+        if default is not None and "default" not in help_text:
+            help_text += f"  [{str(default).lower() if isinstance(default, bool) else default}]"
+        choices = field.metadata.get("choices")
+        settings: dict[str, Any] = {"default": None, "help": help_text, "section": section, "cls": SectionedOption}
+        if kind is bool:
+            options.append(click.option(f"{flag}/--no-{flag[2:]}", **settings))
+        else:
+            parsed = MeshType() if kind is MeshShape else click.Choice(choices) if choices else kind
+            options.append(click.option(flag, type=parsed, **settings))
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def given(config_type: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a command's values that are fields of `config_type` and were given."""
+    names = {field.name for field in dataclasses.fields(config_type)}
+    return {name: value for name, value in values.items() if name in names and value is not None}
+
+
+def from_plain(config_type: type[Config], values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """Plain values (from TOML or JSON) as arguments of `config_type`.
+
+    Raises:
+      ValueError: a field is unknown or has the wrong type; the message names the source and the nearest field.
+    """
+    legal = [field.name for field in dataclasses.fields(config_type)]  # type: ignore[arg-type]
+    converted: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in legal:
+            raise ValueError(f"{source}: {name!r} is not known. {nearest(name, legal)}")
+        kind = value_type(config_type, name)
+        if kind is MeshShape and isinstance(value, str):
+            value = MeshShape.parse(value)
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+            raise ValueError(f"{source}: {name} must be of type {kind.__name__}, got {value!r}.")
+        converted[name] = value
+    return converted
+
+
+def read_toml(path: Path, sections: Mapping[str, type]) -> dict[str, dict[str, Any]]:
+    """The sections of a TOML file as arguments for the configuration that each stands for.
+
+    Raises:
+      ValueError: the file cannot be read or parsed, or holds an unknown section or field.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config file {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise ValueError(f"config file {path} does not parse as TOML: {error}.") from None
+    read: dict[str, dict[str, Any]] = {}
+    for name, values in document.items():
+        if name not in sections or not isinstance(values, dict):
+            raise ValueError(f"{path}: section {name!r} is not known. {nearest(name, sections)}")
+        read[name] = from_plain(sections[name], values, source=f"{path} [{name}]")
+    return read

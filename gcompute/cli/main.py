@@ -1,0 +1,103 @@
+"""The `gcompute` command: lists its commands without importing them, and turns errors into one line."""
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import click
+
+from gcompute import __version__
+from gcompute.config.fields import nearest
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A command that has not been imported."""
+
+    about: str
+    example: str
+
+
+COMMANDS = {
+    "demo": Entry(
+        about="Look at this machine, predict, train a model on real text, serve it, report.",
+        example="gcompute demo",
+    ),
+    "train": Entry(
+        about="Train a transformer on text.",
+        example="gcompute train --model demo --data stdlib --steps 500 --out runs/first",
+    ),
+    "generate": Entry(
+        about="Continue a prompt with a trained model.",
+        example='gcompute generate runs/first "def main(" --max-tokens 40',
+    ),
+    "serve": Entry(
+        about="Serve a trained model over HTTP, as the OpenAI completions API.",
+        example="gcompute serve runs/first --port 8000",
+    ),
+    "machine": Entry(
+        about="Show the devices and memory here, and measure their roofline.",
+        example="gcompute machine --json",
+    ),
+}
+
+
+class LazyGroup(click.Group):
+    """Finds commands in COMMANDS and imports gcompute.cli.NAME when one is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            raise click.UsageError(f"command {cmd_name!r} is not known. {nearest(cmd_name, COMMANDS)}")
+        return importlib.import_module(f"gcompute.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            for name, entry in COMMANDS.items():
+                formatter.write(f"  {name:<10}{entry.about}\n  {'':<10}$ {entry.example}\n")
+
+
+@click.group(cls=LazyGroup, invoke_without_command=True)
+@click.version_option(__version__, prog_name="gcompute")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """A compute lab for generative AI in JAX: predict it, prove it with the real compiler, measure it."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line on standard error and leave with the status of a user's error."""
+    text = " ".join(message.split())
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    raise SystemExit(USAGE_ERROR)
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Run the command line; always ends in SystemExit. GCOMPUTE_TRACEBACK=1 shows where an error came from."""
+    try:
+        status = cli(args=args, prog_name="gcompute", standalone_mode=False)
+        raise SystemExit(status if isinstance(status, int) else 0)
+    except (click.ClickException, ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("GCOMPUTE_TRACEBACK"):
+            raise
+        fail(_one_line(error))
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}."
+    return str(error) or type(error).__name__

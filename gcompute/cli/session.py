@@ -1,0 +1,256 @@
+"""One training session from the edge: data, predictions, the loop under a progress bar, and what it left behind."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gcompute.cli.progress import TrainProgress, WorkProgress, duration
+from gcompute.config.train import RunConfig
+from gcompute.measure.machine import Machine, look
+from gcompute.measure.profile import device_memory
+from gcompute.measure.roofline import MeasuredRoofline, load_or_measure
+from gcompute.model.pretrained import TOKENIZER
+from gcompute.plan.memory import TrainMemory, train_memory
+from gcompute.plan.train_step import StepPrediction, predict_train_step
+from gcompute.train.corpus import TokenizedCorpus, prepare
+from gcompute.train.curve import plot_loss
+from gcompute.train.loop import METRICS, TrainResult, train
+from gcompute.train.metrics_log import read_metrics
+from gcompute.train.resolve import default_mesh, resolve_accumulation
+
+CURVE = "loss.png"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What the planner says before the first step; every number is predicted, from the measured roofline."""
+
+    num_params: int
+    memory: TrainMemory
+    step: StepPrediction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """A finished or interrupted training session."""
+
+    run: RunConfig
+    out: Path
+    corpus: TokenizedCorpus
+    machine: Machine
+    roofline: MeasuredRoofline
+    prediction: Prediction
+    result: TrainResult
+    peak_memory: dict[str, Any]
+    time_to_first_step_s: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "run": self.run.to_dict(),
+            "predicted": {
+                "num_params": self.prediction.num_params,
+                "memory_bytes": self.prediction.memory.to_dict(),
+                **self.prediction.step.to_dict(),
+            },
+            "measured": {
+                **dataclasses.asdict(self.result),
+                "memory": self.peak_memory,
+                "time_to_first_step_s": self.time_to_first_step_s,
+                "roofline": self.roofline.to_dict(),
+            },
+        }
+
+
+def corpus_directory(cache: Path, run: RunConfig) -> Path:
+    """Where the tokens of this data and tokenizer are kept, so that runs share them."""
+    data = run.data
+    where = data.data if data.data == "stdlib" else str(Path(data.data).absolute())
+    key = hashlib.sha256(json.dumps([where, data.tokenizer, data.val_fraction]).encode()).hexdigest()[:16]
+    return cache / "corpora" / key
+
+
+def measured_roofline(cache: Path, console: Console) -> MeasuredRoofline:
+    """This machine's roofline, measured once and kept."""
+    with WorkProgress(console) as progress:
+        return load_or_measure(cache / "roofline.json", progress=progress)
+
+
+def predict(run: RunConfig, roofline: MeasuredRoofline) -> Prediction:
+    """Parameters, memory and step time of `run` on this machine."""
+    import jax
+
+    from gcompute.plan.params import count_params
+
+    train_config = run.train
+    mesh = train_config.mesh or default_mesh()
+    accumulation = resolve_accumulation(run, mesh, jax.default_backend())
+    shared: dict[str, Any] = {
+        "batch": train_config.batch,
+        "seq": run.seq,
+        "accumulation": accumulation,
+        "precision": train_config.precision,
+        "optimizer": run.optimizer.optimizer,
+        "remat": train_config.remat,
+    }
+    # Fake CPU devices share the cores that the roofline was measured on.
+    num_devices = mesh.num_devices if jax.default_backend() != "cpu" else 1
+    return Prediction(
+        num_params=count_params(run.model).total,
+        memory=train_memory(run.model, mesh=mesh, **shared),
+        step=predict_train_step(
+            run.model,
+            roofline_flops_per_s=roofline.matmul_flops_per_s[train_config.precision],
+            memory_bytes_per_s=roofline.memory_bytes_per_s,
+            num_devices=num_devices,
+            **shared,
+        ),
+    )
+
+
+def show_prediction(prediction: Prediction, run: RunConfig, console: Console) -> None:
+    """Print what the planner expects."""
+    table = Table(title="predicted, before the first step", title_justify="left", show_header=False)
+    memory = prediction.memory
+    table.add_row("parameters", f"{prediction.num_params:,}")
+    for name, value in memory.to_dict().items():
+        table.add_row(f"memory: {name.removesuffix('_bytes').replace('_', ' ')}", f"{value / 2**20:,.1f} MiB")
+    table.add_row("step", f"{duration(prediction.step.step_s)} ({prediction.step.bound} bound)")
+    table.add_row("tokens/s", f"{prediction.step.tokens_per_s:,.0f}")
+    table.add_row("training", f"{duration(prediction.step.step_s * run.train.steps)} for {run.train.steps} steps")
+    console.print(table)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is whole or absent."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def make_directory(out: Path) -> None:
+    """Create a run directory and see that it can be written.
+
+    Raises:
+      ValueError: it cannot be created or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".write-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}. Choose another directory.") from None
+
+
+def with_vocabulary(run: RunConfig, corpus: TokenizedCorpus, *, given: bool) -> RunConfig:
+    """The run with the tokenizer's vocabulary size, or the one given where it is large enough."""
+    size = corpus.tokenizer.vocab_size
+    if not given:
+        return dataclasses.replace(run, model=dataclasses.replace(run.model, vocab=size))
+    if run.model.vocab < size:
+        raise ValueError(f"--vocab {run.model.vocab} is below the tokenizer's {size}: give at least {size}, or nothing.")
+    return run
+
+
+def train_session(
+    run: RunConfig,
+    *,
+    out: Path,
+    cache: Path,
+    resume: bool,
+    profile: bool,
+    vocab_given: bool,
+    console: Console,
+    stopped: Callable[[], bool],
+    started: float,
+) -> Session:
+    """Prepare, predict, train. `started`: when the command began, in seconds since the epoch."""
+    make_directory(out)
+    with WorkProgress(console) as progress:
+        corpus = prepare(run.data, corpus_directory(cache, run), progress=progress)
+    run = with_vocabulary(run, corpus, given=vocab_given)
+    tokenizer_path = out / TOKENIZER
+    if not resume:
+        corpus.tokenizer.save(tokenizer_path)
+        write_atomically(out / "run.json", json.dumps(run.to_dict(), indent=2) + "\n")
+    elif tokenizer_path.is_file():
+        _check_same_tokenizer(tokenizer_path, corpus)
+    console.print(
+        f"{len(corpus.train):,} training and {len(corpus.val):,} validation tokens,"
+        f" vocabulary {corpus.tokenizer.vocab_size:,}"
+    )
+    roofline = measured_roofline(cache, console)
+    machine = look()
+    prediction = predict(run, roofline)
+    show_prediction(prediction, run, console)
+    before = time.time() - started
+    with TrainProgress(console, log_every=run.train.log_every) as report:
+        result = train(
+            run,
+            corpus,
+            out=out,
+            resume=resume,
+            peak_flops_per_s=roofline.matmul_flops_per_s[run.train.precision] * _roofline_devices(run),
+            profile=profile,
+            report=report,
+            stopped=stopped,
+        )
+    plot_loss(read_metrics(out / METRICS), out / CURVE, title=f"{out.name}: {prediction.num_params:,} parameters")
+    session = Session(
+        run=run,
+        out=out,
+        corpus=corpus,
+        machine=machine,
+        roofline=roofline,
+        prediction=prediction,
+        result=result,
+        peak_memory=device_memory(),
+        time_to_first_step_s=before + result.first_step_s if result.first_step_s is not None else None,
+    )
+    show_result(session, console)
+    return session
+
+
+def _check_same_tokenizer(path: Path, corpus: TokenizedCorpus) -> None:
+    from gcompute.model.tokenizer import Tokenizer
+
+    if Tokenizer.load(path).fingerprint != corpus.tokenizer.fingerprint:
+        raise ValueError(
+            f"the data gives another tokenizer than {path}: the text has changed since the run began."
+            " Give the same --data, or start another --out."
+        )
+
+
+def _roofline_devices(run: RunConfig) -> int:
+    import jax
+
+    return 1 if jax.default_backend() == "cpu" else (run.train.mesh or default_mesh()).num_devices
+
+
+def show_result(session: Session, console: Console) -> None:
+    """Print predicted beside measured."""
+    result, predicted = session.result, session.prediction
+    table = Table(title="how it went", title_justify="left")
+    for name in ("", "predicted", "measured"):
+        table.add_column(name, justify="left" if not name else "right")
+    if result.step_s and result.tokens_per_s:
+        table.add_row("step", duration(predicted.step.step_s), duration(result.step_s))
+        table.add_row("tokens/s", f"{predicted.step.tokens_per_s:,.0f}", f"{result.tokens_per_s:,.0f}")
+    if result.mfu:
+        table.add_row("MFU of the measured roofline", "", f"{result.mfu:.1%}")
+    if session.time_to_first_step_s:
+        table.add_row("time to first step", "", duration(session.time_to_first_step_s))
+    if result.val_loss is not None:
+        table.add_row("validation loss, nats a token", "", f"{result.val_loss:.4f}")
+    console.print(table)
+    console.print(f"checkpoint, metrics.jsonl and {CURVE} in {session.out}")

@@ -1,0 +1,104 @@
+"""Profiles that XProf and Perfetto open, and the most memory that was in use."""
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceFiles:
+    """Where a trace is written; `xplane` and `perfetto` exist once `trace` has ended.
+
+    `earlier` are the profiles that the directory held before.
+    """
+
+    directory: Path
+    earlier: frozenset[Path]
+
+    @property
+    def xplane(self) -> Path:
+        """The protocol buffer that XProf reads: `xprof --logdir` takes `directory`."""
+        return self._new("*.xplane.pb")
+
+    @property
+    def perfetto(self) -> Path:
+        """The gzipped JSON that ui.perfetto.dev opens."""
+        return self._new("perfetto_trace.json.gz")
+
+    def _new(self, pattern: str) -> Path:
+        found = [path for path in _profiles(self.directory, pattern) if path not in self.earlier]
+        if not found:
+            raise ValueError(
+                f"no {pattern} in {self.directory}: the trace has not ended. Read it after `with trace()`."
+            )
+        return found[-1]
+
+
+@contextmanager
+def trace(directory: Path | str) -> Iterator[TraceFiles]:
+    """Profile what runs inside the `with`, on host and devices, into `directory`/plugins/profile/<time>/.
+
+    Keep it to a few steps: a trace grows by megabytes a second. Work still running on a device when the block ends is
+    cut off: block on the last result first.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    files = TraceFiles(directory=directory, earlier=frozenset(_profiles(directory, "*")))
+    with jax.profiler.trace(str(directory), create_perfetto_trace=True):
+        yield files
+
+
+def _profiles(directory: Path, pattern: str) -> list[Path]:
+    return sorted((directory / "plugins" / "profile").glob(f"*/{pattern}"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """The most bytes in use so far: of one device by its allocator, or of this whole process where it has none (CPU).
+
+    `source` says which: "device allocator" or "process peak RSS". `limit_bytes` is None for a process.
+    """
+
+    device: str
+    peak_bytes: int
+    limit_bytes: int | None
+    source: str
+
+
+def device_memory() -> tuple[DeviceMemory, ...]:
+    """Peak memory of each local device; one entry for the process where the devices share the host's memory."""
+    entries = []
+    for device in jax.local_devices():
+        stats = device.memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            entries.append(
+                DeviceMemory(
+                    device=str(device),
+                    peak_bytes=stats["peak_bytes_in_use"],
+                    limit_bytes=stats.get("bytes_limit"),
+                    source="device allocator",
+                )
+            )
+    if entries:
+        return tuple(entries)
+    return (DeviceMemory(device="host", peak_bytes=process_peak_bytes(), limit_bytes=None, source="process peak RSS"),)
+
+
+def process_peak_bytes() -> int:
+    """The most resident memory that this process has had."""
+    # On Linux ru_maxrss survives exec, so a process started by a larger one would report that one's peak.
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        status = ""
+    for line in status.splitlines():
+        name, _, value = line.partition(":")
+        if name == "VmHWM":
+            return int(value.split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

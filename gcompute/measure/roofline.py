@@ -1,0 +1,205 @@
+"""This machine's measured roofline: how fast it multiplies matrices, and how fast it reads memory."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gcompute.measure.machine import Machine, host_memory_bytes, look
+from gcompute.measure.timing import measure
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+CPU_SIZES, ACCELERATOR_SIZES = (1024, 2048), (4096, 8192)
+# Well past the last level cache of any processor so far, yet little to ask of a small machine.
+CPU_READ_BYTES, ACCELERATOR_READ_BYTES = 256 << 20, 1 << 30
+MIN_REPEATS, MAX_REPEATS = 3, 50
+
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRoofline:
+    """Ceilings of one device, as measured.
+
+    matmul_flops_per_s: by dtype of the operands; results are float32. "bfloat16" is bfloat16 in, float32 out.
+    memory_bytes_per_s: bytes read a second from an array that no cache holds.
+    On CPU one device is all the cores that XLA uses. `num_devices_measured` is 1: nothing else ran meanwhile.
+    """
+
+    matmul_flops_per_s: dict[str, float]
+    memory_bytes_per_s: float
+    backend: str
+    device_kind: str
+    num_devices_measured: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "MeasuredRoofline":
+        """The inverse of `to_dict`.
+
+        Raises:
+          ValueError: a field is missing, unknown or of the wrong kind, or a ceiling is not above 0.
+        """
+        try:
+            roofline = cls(
+                **{
+                    **values,
+                    "matmul_flops_per_s": {name: float(values["matmul_flops_per_s"][name]) for name in DTYPES},
+                    "memory_bytes_per_s": float(values["memory_bytes_per_s"]),
+                    "num_devices_measured": int(values["num_devices_measured"]),
+                }
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a measured roofline ({type(error).__name__}: {error}). Measure it again.") from None
+        ceilings = (*roofline.matmul_flops_per_s.values(), roofline.memory_bytes_per_s)
+        if not all(math.isfinite(ceiling) and ceiling > 0 for ceiling in ceilings):
+            raise ValueError(f"a measured roofline has ceilings above 0, got {ceilings}. Measure it again.")
+        return roofline
+
+
+def matmul(a_MD: Float[Array, "m d"], w_DF: Float[Array, "d f"]) -> Float[Array, "m f"]:
+    """a @ w with a float32 result: the form of every product of the model, and on CPU the fast one for bfloat16."""
+    return jnp.einsum("md,df->mf", a_MD, w_DF, preferred_element_type=jnp.float32)
+
+
+def measure_roofline(
+    *,
+    seconds: float = 3.0,
+    progress: Progress | None = None,
+    sizes: tuple[int, ...] | None = None,
+    read_bytes: int | None = None,
+) -> MeasuredRoofline:
+    """Measure this process's first device within about `seconds`, compiling included.
+
+    A ceiling is the best over sizes of the median over repeats (at least 3): 2 size^3 / time for square matrices, bytes
+    / time for a sum over one array. A size that would overrun its share of the time is left out.
+
+    Args:
+      progress: called with the share done, 0 to 1, and what is measured next.
+      sizes: of the square matrices, ascending; `read_bytes`: of the array to sum. Defaults suit the backend.
+
+    Raises:
+      ValueError: seconds is not above 0, or there are no sizes.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds must be above 0, got {seconds}.")
+    device = jax.local_devices()[0]
+    on_cpu = device.platform == "cpu"
+    sizes = tuple(sorted(sizes if sizes is not None else CPU_SIZES if on_cpu else ACCELERATOR_SIZES))
+    if not sizes or sizes[0] < 1:
+        raise ValueError(f"sizes must name at least one size above 0, got {sizes}.")
+    if read_bytes is None:
+        # The sum holds its input alone; an eighth leaves a small machine room to breathe.
+        read_bytes = min(CPU_READ_BYTES, host_memory_bytes()[1] // 8) if on_cpu else ACCELERATOR_READ_BYTES
+    report = progress or (lambda done, what: None)
+    share_s = seconds / (len(DTYPES) + 1)
+    flops_per_s = {}
+    for index, (name, dtype) in enumerate(DTYPES.items()):
+        report(index / (len(DTYPES) + 1), f"{name} matmul")
+        flops_per_s[name] = _matmul_flops_per_s(dtype, sizes, share_s=share_s, device=device)
+    report(len(DTYPES) / (len(DTYPES) + 1), "memory bandwidth")
+    memory_bytes_per_s = _read_bytes_per_s(read_bytes, share_s=share_s, device=device)
+    report(1.0, "done")
+    return MeasuredRoofline(
+        matmul_flops_per_s=flops_per_s,
+        memory_bytes_per_s=memory_bytes_per_s,
+        backend=jax.default_backend(),
+        device_kind=device.device_kind,
+        num_devices_measured=1,
+    )
+
+
+def load_or_measure(
+    path: Path | str, *, seconds: float = 3.0, progress: Progress | None = None, again: bool = False
+) -> MeasuredRoofline:
+    """The roofline of this machine from the JSON file `path`, measured and added to it where it is missing.
+
+    The file holds one entry for each machine, backend and version (`cache_key`). One that does not parse is measured
+    over, and a file that cannot be written loses the cache, not the measurement.
+    """
+    path, key = Path(path), cache_key(look())
+    entries = _read_entries(path)
+    if not again and key in entries:
+        with contextlib.suppress(ValueError):
+            return MeasuredRoofline.from_dict(entries[key])
+    roofline = measure_roofline(seconds=seconds, progress=progress)
+    with contextlib.suppress(OSError):
+        _write_atomically(path, json.dumps({**entries, key: roofline.to_dict()}, indent=2) + "\n")
+    return roofline
+
+
+def cache_key(machine: Machine) -> str:
+    """What a measured roofline depends on: processor, cores, device, jaxlib and huge pages."""
+    parts = (machine.cpu, f"{machine.cores} cores", machine.backend, machine.device_kind, f"jaxlib {machine.jaxlib}")
+    pages = "huge pages" if machine.uses_huge_pages else "small pages"
+    return ", ".join(str(part) for part in (*parts, pages))
+
+
+def _matmul_flops_per_s(dtype: Any, sizes: tuple[int, ...], *, share_s: float, device: jax.Device) -> float:
+    program = jax.jit(matmul)
+    deadline_s = time.perf_counter() + share_s
+    best = 0.0
+    for size in sizes:
+        if best and MIN_REPEATS * 2 * size**3 / best > deadline_s - time.perf_counter():
+            break
+        key_a, key_w = jax.random.split(jax.random.key(0))
+        a, w = (
+            jax.device_put(jax.random.normal(key, (size, size), jnp.float32).astype(dtype), device)
+            for key in (key_a, key_w)
+        )
+        best = max(best, 2 * size**3 / _median_s(partial(program, a, w), _until(deadline_s, size, sizes)))
+    return best
+
+
+def _until(deadline_s: float, size: int, sizes: tuple[int, ...]) -> float:
+    """When to stop repeating: the smaller sizes leave three quarters of what is left to the larger."""
+    left_s = deadline_s - time.perf_counter()
+    return deadline_s if size == sizes[-1] else deadline_s - 0.75 * left_s
+
+
+def _read_bytes_per_s(num_bytes: int, *, share_s: float, device: jax.Device) -> float:
+    deadline_s = time.perf_counter() + share_s
+    values = jax.device_put(jnp.ones((max(1, num_bytes // 4),), jnp.float32), device)
+    return values.nbytes / _median_s(partial(jax.jit(jnp.sum), values), deadline_s)
+
+
+def _median_s(run: Callable[[], Any], deadline_s: float) -> float:
+    samples = list(measure(run, repeats=MIN_REPEATS, warmup=2).samples_s)
+    while time.perf_counter() < deadline_s and len(samples) < MAX_REPEATS:
+        samples += measure(run, repeats=1, warmup=0).samples_s
+    return statistics.median(samples)
+
+
+def _read_entries(path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""Meshes, sharding rules and (as they come) every parallel strategy as functions to import."""

@@ -1,0 +1,1 @@
+"""Serve a trained model: requests, scheduling, sampling, the engine, and its HTTP face."""

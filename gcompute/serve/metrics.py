@@ -1,0 +1,79 @@
+"""What the engine does, as Prometheus metrics in a registry of their own."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from gcompute.serve.engine import Engine
+from gcompute.serve.stream import Finished
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """Gauges and counters read from the engine when they are asked for; times observed as requests finish."""
+
+    def __init__(self, engine: Engine):
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(engine))
+        self._requests = Counter("gcompute_requests", "requests ended, by reason", ["reason"], registry=self.registry)
+        self._rejected = Counter(
+            "gcompute_rejected", "calls refused, by HTTP status", ["status"], registry=self.registry
+        )
+        self._queued_s = self._histogram("gcompute_queue_seconds", "from arrival to a slot")
+        self._first_token_s = self._histogram("gcompute_time_to_first_token_seconds", "from arrival to the first token")
+        self._per_token_s = self._histogram("gcompute_time_per_output_token_seconds", "between tokens after the first")
+        self._total_s = self._histogram("gcompute_request_seconds", "from arrival to the end")
+        engine.observe(self._finished)
+
+    def reject(self, status: int) -> None:
+        """Count a call that was answered with an error."""
+        self._rejected.labels(str(status)).inc()
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, help: str) -> Histogram:
+        return Histogram(name, help, buckets=SECONDS, registry=self.registry)
+
+    def _finished(self, event: Finished) -> None:
+        self._requests.labels(event.reason.value).inc()
+        self._total_s.observe(event.timing.total_s)
+        per_token_s = event.timing.per_token_s(event.usage.completion_tokens)
+        for histogram, seconds in (
+            (self._queued_s, event.timing.queued_s),
+            (self._first_token_s, event.timing.first_token_s),
+            (self._per_token_s, per_token_s),
+        ):
+            if seconds is not None:
+                histogram.observe(seconds)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        gauges = {
+            "slots": (stats.slots, "requests that can run together"),
+            "running": (stats.num_running, "requests in a slot"),
+            "waiting": (stats.num_waiting, "requests in the queue"),
+            "kv_cells": (stats.num_cells, "tokens that the key/value cache can hold"),
+            "kv_cells_used": (stats.num_cells_used, "tokens in the key/value cache"),
+            "programs": (stats.num_programs, "compiled programs"),
+        }
+        for name, (value, meaning) in gauges.items():
+            yield GaugeMetricFamily(f"gcompute_{name}", meaning, value=value)
+        counters = {
+            "dispatches": (stats.num_dispatches, "programs run"),
+            "decode_steps": (stats.num_decode_steps, "decode steps run"),
+            "prompt_tokens": (stats.num_prompt_tokens, "prompt tokens read"),
+            "output_tokens": (stats.num_output_tokens, "tokens made"),
+        }
+        for name, (value, meaning) in counters.items():
+            yield CounterMetricFamily(f"gcompute_{name}", meaning, value=value)

@@ -1,0 +1,105 @@
+"""What can be asked of the engine: a prompt, how to continue it, and the ways to refuse."""
+
+from dataclasses import dataclass
+
+MAX_STOP_STRINGS = 16
+
+
+class RequestError(ValueError):
+    """A request that can never be served; `param` names the parameter at fault, `code` is OpenAI's word for it."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class QueueFull(Exception):
+    """As many requests wait as may: try again later."""
+
+
+class NotReady(Exception):
+    """The engine is loading, draining or closed: it takes no requests now."""
+
+
+def _check(value: object, param: str, *, whole: bool, low: float, high: float, legal: str) -> None:
+    kinds = (int,) if whole else (int, float)
+    # bool is a subclass of int, and a float field must refuse what float32 cannot hold.
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        raise RequestError(f"{param} must be {legal}, got {str(value)[:40]}.", param=param)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen and when to stop. Temperature acts first, then top-k, top-p and min-p.
+
+    temperature: 0 is greedy. top_k: keep the k most likely; 0 keeps all. top_p: keep the most likely tokens that
+    together reach this probability. min_p: keep tokens at least this share as likely as the most likely one.
+    seed: the same seed gives the same tokens; None draws one. stop: strings that end the output and are not in it.
+
+    Raises:
+      RequestError: a value has the wrong type or is out of range.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        int32 = 2**31 - 1
+        _check(self.max_tokens, "max_tokens", whole=True, low=1, high=int32, legal="a whole number of at least 1")
+        _check(self.temperature, "temperature", whole=False, low=0, high=1e6, legal="a number from 0 to 1e6")
+        _check(self.top_k, "top_k", whole=True, low=0, high=int32, legal="a whole number of at least 0 (0: all)")
+        _check(self.top_p, "top_p", whole=False, low=0, high=1, legal="a number from 0 to 1")
+        _check(self.min_p, "min_p", whole=False, low=0, high=1, legal="a number from 0 to 1")
+        if self.seed is not None:
+            _check(self.seed, "seed", whole=True, low=-(2**63), high=2**64 - 1, legal="a 64-bit whole number")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(
+                f"ignore_eos must be true or false, got {str(self.ignore_eos)[:40]}.", param="ignore_eos"
+            )
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise RequestError("stop must be strings that are not empty.", param="stop")
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}.", param="stop")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A prompt of token ids and how to continue it."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling = Sampling()
+
+
+def check_fits(request: Request, *, vocab: int, max_context: int) -> None:
+    """Refuse a prompt that the model cannot read or that leaves too little room for its output.
+
+    Raises:
+      RequestError: the prompt is empty, holds an unknown id, or prompt and output exceed `max_context` tokens.
+    """
+    num_prompt, max_tokens = len(request.prompt), request.sampling.max_tokens
+    if not num_prompt:
+        raise RequestError("prompt must hold at least one token.", param="prompt")
+    low, high = min(request.prompt), max(request.prompt)
+    if low < 0 or high >= vocab:
+        wrong = low if low < 0 else high
+        raise RequestError(f"prompt holds token id {wrong}; this model has ids 0 to {vocab - 1}.", param="prompt")
+    if num_prompt + max_tokens > max_context:
+        raise RequestError(
+            f"This model's maximum context length is {max_context} tokens. However, you requested "
+            f"{num_prompt + max_tokens} tokens ({num_prompt} in the prompt, {max_tokens} in the completion). "
+            "Please reduce the length of the prompt or completion.",
+            param="prompt" if num_prompt >= max_context else "max_tokens",
+            code="context_length_exceeded",
+        )
+
+
+def seed_words(seed: int) -> tuple[int, int]:
+    """A 64-bit seed as two 32-bit words, high first; negative seeds wrap."""
+    return divmod(seed % 2**64, 2**32)

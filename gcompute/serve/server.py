@@ -1,0 +1,131 @@
+"""Run the application on a socket: in the foreground until a signal, or in the background for a while."""
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from gcompute.config.serve import ServeConfig
+from gcompute.serve.api import create_app
+from gcompute.serve.engine import Engine
+from gcompute.serve.request import NotReady
+
+BACKLOG = 1024
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+      ValueError: the port is in use or reserved, or the host is not this machine's.
+    """
+    where = f"port {port} of {host!r}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"host {host!r} cannot be used: {error}. 127.0.0.1 is this machine alone.") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(f"{where} is in use. Choose another, or 0 for a free one.") from None
+        raise ValueError(f"{where} cannot be listened on: {error.strerror}. Choose another, or 0.") from None
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    """The address that a client on this machine uses."""
+    host, port = sock.getsockname()[:2]
+    host = ANY_ADDRESS.get(str(host), str(host))
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn with its signal handling left out: it would end the process before the engine is closed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _make_server(engine: Engine, model_name: str) -> _Server:
+    app = create_app(engine, model_name=model_name)
+    return _Server(
+        uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, backlog=BACKLOG)
+    )
+
+
+def serve(engine: Engine, config: ServeConfig, *, model_name: str, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT; then refuse new requests, finish those accepted, and close the engine.
+
+    The engine is started if it was not. `announce` hears the URL once requests are taken; until then, calls are
+    answered 503. A second signal gives up on what still runs. Off the main thread no signal is heard.
+
+    Raises:
+      ValueError: the address cannot be listened on.
+      NotReady: the engine failed to start.
+    """
+    with contextlib.closing(bind(config.host, config.port)) as sock:
+        server = _make_server(engine, model_name)
+        finish = False
+        try:
+            engine.start()
+            asyncio.run(_serve(server, sock, engine, announce))
+            finish = not server.force_exit
+        finally:
+            engine.close(finish=finish)
+
+
+async def _serve(server: _Server, sock: socket.socket, engine: Engine, announce: Callable[[str], None]) -> None:
+    def stop() -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+        engine.drain()
+
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    for number in signals:
+        loop.add_signal_handler(number, stop)
+    try:
+        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        try:
+            await asyncio.to_thread(engine.wait_ready)
+            announce(url_of(sock))
+        except BaseException as error:
+            stopped_while_loading = server.should_exit and isinstance(error, NotReady)
+            server.should_exit = True
+            await serving
+            if not stopped_while_loading:
+                raise
+        await serving
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def background(engine: Engine, config: ServeConfig, *, model_name: str) -> Iterator[str]:
+    """Serve from another thread while the block runs, and yield the URL. The engine stays the caller's.
+
+    Raises:
+      ValueError: the address cannot be listened on.
+    """
+    with contextlib.closing(bind(config.host, config.port)) as sock:
+        server = _make_server(engine, model_name)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), name="http", daemon=True)
+        thread.start()
+        try:
+            yield url_of(sock)
+        finally:
+            server.should_exit = True
+            thread.join()

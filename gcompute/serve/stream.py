@@ -1,0 +1,276 @@
+"""What the engine answers: the events of one request, the stream that carries them, and the text in them."""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from gcompute.serve.request import Request
+
+
+class Reason(StrEnum):
+    """Why a request ended: STOP is the end-of-text token or a stop string, LENGTH its max_tokens."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens read and tokens made; an end-of-text token that ended the output is counted, though not shown."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds from the request's arrival to its slot, to its first token and to its end; None: it got no further."""
+
+    queued_s: float | None
+    first_token_s: float | None
+    total_s: float
+
+    def per_token_s(self, num_tokens: int) -> float | None:
+        """Mean seconds between output tokens after the first (TPOT)."""
+        if self.first_token_s is None or num_tokens < 2:
+            return None
+        return (self.total_s - self.first_token_s) / (num_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """New token ids, and the text that is certain with them: a character or a stop string may still go on."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The last event of every request. `text` is what was still held back; `error` says what went wrong."""
+
+    reason: Reason
+    text: str
+    usage: Usage
+    timing: Timing
+    error: str | None = None
+
+
+Event = Tokens | Finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A whole answer."""
+
+    ids: tuple[int, ...]
+    text: str
+    reason: Reason
+    usage: Usage
+    timing: Timing
+    error: str | None = None
+
+
+class EventStream:
+    """The events of one request: put by the engine's thread, taken by one thread or by one coroutine.
+
+    Both ways of taking sleep until an event is there. An iteration ends after `Finished`.
+    """
+
+    def __init__(self, request: Request, request_id: int):
+        self.request = request
+        self.request_id = request_id
+        self._events: deque[Event] = deque()
+        self._changed = threading.Condition()
+        self._sleeper: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+
+    def put(self, event: Event) -> None:
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify_all()
+            sleeper, self._sleeper = self._sleeper, None
+            if sleeper is not None and not sleeper[0].is_closed():
+                sleeper[0].call_soon_threadsafe(_wake, sleeper[1])
+
+    def get(self, timeout_s: float | None = None) -> Event:
+        """The next event, for a thread.
+
+        Raises:
+          TimeoutError: none came within `timeout_s`.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._events, timeout_s):
+                raise TimeoutError(f"request {self.request_id} gave no event within {timeout_s} s.")
+            return self._events.popleft()
+
+    async def next(self) -> Event:
+        """The next event, for a coroutine."""
+        while True:
+            with self._changed:
+                if self._events:
+                    return self._events.popleft()
+                loop = asyncio.get_running_loop()
+                arrived: asyncio.Future[None] = loop.create_future()
+                self._sleeper = (loop, arrived)
+            await arrived
+
+    def __iter__(self) -> Iterator[Event]:
+        while True:
+            event = self.get()
+            yield event
+            if isinstance(event, Finished):
+                return
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while True:
+            event = await self.next()
+            yield event
+            if isinstance(event, Finished):
+                return
+
+    def result(self) -> Completion:
+        """Wait for the end, for a thread."""
+        return completion(list(self))
+
+
+def completion(events: list[Event]) -> Completion:
+    """The whole answer that a finished stream's events make."""
+    *tokens, last = events
+    assert isinstance(last, Finished)
+    ids = tuple(token for event in tokens if isinstance(event, Tokens) for token in event.ids)
+    return Completion(
+        ids=ids,
+        text="".join(event.text for event in events),
+        reason=last.reason,
+        usage=last.usage,
+        timing=last.timing,
+        error=last.error,
+    )
+
+
+def _wake(arrived: asyncio.Future[None]) -> None:
+    if not arrived.done():
+        arrived.set_result(None)
+
+
+class StopFinder:
+    """Lets text through up to the first stop string, holding back an end that may be the beginning of one.
+
+    >>> finder = StopFinder(("END",))
+    >>> finder.push("one E"), finder.push("asy EN"), finder.push("D two"), finder.found
+    ('one ', 'Easy ', '', True)
+    """
+
+    def __init__(self, stop: tuple[str, ...]):
+        self._stop = stop
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """What can be shown now that `text` has come."""
+        if self.found:
+            return ""
+        text = self._held + text
+        ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
+            self.found, self._held = True, ""
+            return text[: min(ends)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """What was held back, once no more text will come."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop` and is not all of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class Decoder(Protocol):
+    """Token ids in, text out as soon as it is certain."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class Output:
+    """Turns the tokens chosen for one request into its events, and knows when they end it.
+
+    end: the id that ends the output, or a negative number. Times are seconds on one monotonic clock.
+    """
+
+    def __init__(self, stream: EventStream, *, decoder: Decoder | None, end: int, arrived_s: float):
+        self.stream = stream
+        self.num_tokens = 0
+        self._decoder = decoder
+        self._end = end
+        self._finder = StopFinder(stream.request.sampling.stop)
+        self._arrived_s = arrived_s
+        self._admitted_s: float | None = None
+        self._first_token_s: float | None = None
+
+    def admit(self, now_s: float) -> None:
+        """Note that the request has its slot."""
+        self._admitted_s = now_s
+
+    def push(self, tokens: Sequence[int], now_s: float) -> Reason | None:
+        """Put out `tokens` up to the one that ends the request; return why it ended, or None."""
+        if self._first_token_s is None:
+            self._first_token_s = now_s
+        shown: list[int] = []
+        text: list[str] = []
+        reason = None
+        for token in tokens:
+            self.num_tokens += 1
+            if token == self._end:
+                reason = Reason.STOP
+                break
+            shown.append(token)
+            text.append(self._finder.push(self._decoder.push(token)) if self._decoder else "")
+            if self._finder.found:
+                reason = Reason.STOP
+                break
+            if self.num_tokens == self.stream.request.sampling.max_tokens:
+                reason = Reason.LENGTH
+                break
+        if shown:
+            self.stream.put(Tokens(ids=tuple(shown), text="".join(text)))
+        return reason
+
+    def finish(self, reason: Reason, now_s: float, error: str | None = None) -> Finished:
+        """Put out the last event, with the text that was held back unless a stop string or an error cut it off."""
+        tail = ""
+        if self._decoder is not None and reason in (Reason.STOP, Reason.LENGTH):
+            tail = self._finder.push(self._decoder.flush()) + self._finder.flush()
+        event = Finished(
+            reason=reason,
+            text=tail,
+            usage=Usage(prompt_tokens=len(self.stream.request.prompt), completion_tokens=self.num_tokens),
+            timing=Timing(
+                queued_s=self._since_arrival(self._admitted_s),
+                first_token_s=self._since_arrival(self._first_token_s),
+                total_s=now_s - self._arrived_s,
+            ),
+            error=error,
+        )
+        self.stream.put(event)
+        return event
+
+    def _since_arrival(self, at_s: float | None) -> float | None:
+        return None if at_s is None else at_s - self._arrived_s

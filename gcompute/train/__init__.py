@@ -1,0 +1,1 @@
+"""Train the transformer: data, optimizer, step, checkpoints, loop."""

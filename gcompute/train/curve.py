@@ -1,0 +1,57 @@
+"""The loss curve as a picture."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+TRAIN_COLOUR, VAL_COLOUR, BASELINE_COLOUR = "#4c78a8", "#d62728", "#777777"
+
+
+def smoothed(values: list[float], weight: float) -> list[float]:
+    """Exponential moving average, corrected for its start.
+
+    >>> smoothed([2.0, 2.0], 0.9)
+    [2.0, 2.0]
+    """
+    total = norm = 0.0
+    out = []
+    for value in values:
+        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
+        out.append(total / norm)
+    return out
+
+
+def plot_loss(rows: list[dict[str, Any]], path: Path, *, title: str, baselines: dict[str, float] | None = None) -> None:
+    """Write a PNG of training and validation loss by step, with horizontal lines for baselines (nats a token)."""
+    from matplotlib.figure import Figure
+
+    train = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train" and math.isfinite(row["loss"])]
+    val = [(row["step"], row["loss"]) for row in rows if row["kind"] == "eval"]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color=TRAIN_COLOUR, alpha=0.25, linewidth=1)
+        axes.plot(steps, smoothed(list(losses), 0.95), color=TRAIN_COLOUR, linewidth=1.8, label="training (smoothed)")
+    if val:
+        axes.plot(*zip(*val, strict=True), color=VAL_COLOUR, marker="o", markersize=4, label="validation")
+        axes.annotate(
+            f"{val[-1][1]:.3f}",
+            val[-1],
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="right",
+            color=VAL_COLOUR,
+            fontweight="bold",
+        )
+    for name, loss in (baselines or {}).items():
+        axes.axhline(loss, color=BASELINE_COLOUR, linestyle="--", linewidth=1)
+        axes.text(0.99, loss, f"{name} {loss:.2f} ", transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=BASELINE_COLOUR)
+    axes.set(xlabel="step", ylabel="loss, nats a token", title=title)
+    axes.grid(alpha=0.25)
+    if train or val:
+        axes.legend(frameon=False)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)

@@ -1,0 +1,108 @@
+"""Optimizers and schedules, all from optax."""
+
+import math
+from typing import Any
+
+import jax
+import optax
+
+from gcompute.config.train import OptimizerConfig
+
+# Share of the steps over which "wsd" (warm-up, stable, decay) decays. Source: Hu et al. 2024 (MiniCPM), section 4.
+WSD_DECAY = 0.2
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up to the peak, then the schedule's decay to `final_fraction` of it."""
+    peak, floor = config.learning_rate, config.learning_rate * config.final_fraction
+    warmup = min(config.warmup_steps, steps)
+    after = max(steps - warmup, 1)
+    match config.schedule:
+        case "cosine":
+            decay = optax.cosine_decay_schedule(peak, after, alpha=config.final_fraction)
+        case "linear":
+            decay = optax.linear_schedule(peak, floor, after)
+        case "wsd":
+            length = max(math.ceil(WSD_DECAY * after), 1)
+            decay = optax.linear_schedule(peak, floor, length, transition_begin=after - length)
+        case _:
+            decay = optax.constant_schedule(peak)
+    if not warmup:
+        return decay
+    # Step 0 already moves: the warm-up runs from peak/warmup to peak.
+    ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([ramp, decay], [warmup])
+
+
+def decays(path: tuple[Any, ...]) -> bool:
+    """Whether weight decay applies: to matrices and embeddings, not to biases and norms."""
+    name = jax.tree_util.keystr(path[-1:])
+    return "bias" not in name and "scale" not in name
+
+
+def _decay_mask(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: decays(path), params)
+
+
+def _muon_dims(params: Any) -> Any:
+    """Which matrices Muon orthogonalises, and over which dims; the rest (None) is left to Adam.
+
+    A stacked [L, D, N, H] is L matrices from D to N x H. Embeddings and the output layer go to Adam, as in
+    Jordan et al. 2024 (Muon).
+    """
+    dims = optax.contrib.MuonDimensionNumbers
+
+    def of(path: tuple[Any, ...], _: Any) -> Any:
+        name = jax.tree_util.keystr(path[-1:])
+        table = {
+            "_DNH": dims((1,), (2, 3)),
+            "_DKH": dims((1,), (2, 3)),
+            "_NHD": dims((1, 2), (3,)),
+            "_DF": dims((1,), (2,)),
+            "_FD": dims((1,), (2,)),
+        }
+        if "blocks" in jax.tree_util.keystr(path[:1]):
+            for suffix, value in table.items():
+                if suffix in name:
+                    return value
+        return None
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then the chosen optimizer with its schedule and masked weight decay."""
+    rate = make_schedule(config, steps)
+    decay, b1, b2, eps = config.weight_decay, config.b1, config.b2, config.eps
+    match config.optimizer:
+        case "adamw":
+            rule = optax.adamw(rate, b1, b2, eps, weight_decay=decay, mask=_decay_mask)
+        case "nadamw":
+            rule = optax.nadamw(rate, b1, b2, eps, weight_decay=decay, mask=_decay_mask)
+        case "adam":
+            rule = optax.adam(rate, b1, b2, eps)
+        case "lion":
+            rule = optax.lion(rate, b1, b2, weight_decay=decay, mask=_decay_mask)
+        case "lamb":
+            rule = optax.lamb(rate, b1, b2, eps, weight_decay=decay, mask=_decay_mask)
+        case "adafactor":
+            rule = optax.adafactor(rate, weight_decay_rate=decay or None, weight_decay_mask=_decay_mask)
+        case "muon":
+            rule = optax.contrib.muon(
+                rate,
+                beta=b1,
+                adam_b1=b1,
+                adam_b2=b2,
+                eps=eps,
+                weight_decay=decay,
+                weight_decay_mask=_decay_mask,
+                adam_weight_decay=decay,
+                muon_weight_dimension_numbers=_muon_dims,
+                # Scales each update to the size that Adam's has, so one learning rate serves both groups.
+                consistent_rms=0.2,
+            )
+        case "sgd":
+            rule = optax.chain(optax.add_decayed_weights(decay, _decay_mask), optax.sgd(rate, b1 or None))
+        case name:
+            raise ValueError(f"optimizer {name!r} is not known.")
+    return optax.chain(optax.clip_by_global_norm(config.clip), rule) if config.clip else rule

@@ -1,0 +1,103 @@
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+import pytest
+
+from gcompute.config.model import ModelConfig
+from gcompute.config.serve import ServeConfig
+from gcompute.model.tokenizer import Tokenizer
+from gcompute.model.transformer import Params, init
+from gcompute.serve.engine import Engine
+
+CONFIG = ModelConfig(vocab=257, layers=2, dim=32, heads=4, kv_heads=2, ffn=64, context=64)
+SERVE = ServeConfig(slots=3, max_queue=4, decode_steps=4, precision="float32", port=0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_spec("byte", list)
+
+
+@pytest.fixture(scope="session")
+def config() -> ModelConfig:
+    return CONFIG
+
+
+@pytest.fixture(scope="session")
+def params() -> Params:
+    # Larger than the usual initial values: a model whose greedy choices are varied and far from ties.
+    return jax.tree.map(lambda leaf: 4 * leaf if leaf.ndim > 1 else leaf, init(CONFIG, jax.random.key(0)))
+
+
+@pytest.fixture(scope="session")
+def engine(params, tokenizer) -> Iterator[Engine]:
+    with Engine(params, CONFIG, tokenizer, SERVE) as engine:
+        yield engine
+
+
+@pytest.fixture
+def small_engine(params, tokenizer) -> Engine:
+    """Not started, of one bucket, so that it is ready soon."""
+    serve = ServeConfig(slots=2, max_queue=8, max_context=16, decode_steps=2, precision="float32", port=0)
+    return Engine(params, CONFIG, tokenizer, serve)
+
+
+class Gate:
+    """Holds the engine before its decode dispatches, until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.open = threading.Event()
+
+    def wait(self) -> None:
+        self.reached.set()
+        assert self.open.wait(30)
+
+
+@contextmanager
+def _before_each(engine: Engine, kind: str, action: Callable[[], None]) -> Iterator[None]:
+    """Run `action` on the engine's thread before each program of a kind."""
+    originals = {program: run for program, run in engine._compiled.items() if program.kind == kind}
+
+    def wrap(run):
+        def wrapped(*arguments):
+            action()
+            return run(*arguments)
+
+        return wrapped
+
+    engine._compiled.update({program: wrap(run) for program, run in originals.items()})
+    try:
+        yield
+    finally:
+        engine._compiled.update(originals)
+
+
+@pytest.fixture(scope="session")
+def before_each():
+    return _before_each
+
+
+@pytest.fixture
+def gate(engine) -> Iterator[Gate]:
+    gate = Gate()
+    with _before_each(engine, "decode", gate.wait):
+        yield gate
+        gate.open.set()
+
+
+def _wait_until(engine: Engine, condition: Callable[[], bool]) -> None:
+    """Sleep until `condition` holds; the engine's thread wakes nobody for most of its changes, so look now and then."""
+    with engine._wake:
+        for _ in range(1000):
+            if condition():
+                return
+            engine._wake.wait(0.02)
+    raise AssertionError("the engine did not come to that")
+
+
+@pytest.fixture(scope="session")
+def wait_until():
+    return _wait_until

@@ -1,0 +1,454 @@
+import asyncio
+import json
+import logging
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gcompute.config.serve import ServeConfig
+from gcompute.serve import api, client
+from gcompute.serve.protocol import KNOWN, NEUTRAL, Ask, HttpError, http_error, parse_ask
+from gcompute.serve.request import RequestError, Sampling
+from gcompute.serve.server import background, bind, serve, url_of
+
+LOCAL = ServeConfig(port=0)
+GREEDY = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    with background(engine, LOCAL, model_name="tiny") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def http(url):
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
+        yield http
+
+
+def complete(http, **body):
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def chunks_of(text: str) -> list:
+    lines = [line for line in text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    data = [line.removeprefix("data: ") for line in lines]
+    return [chunk if chunk == "[DONE]" else json.loads(chunk) for chunk in data]
+
+
+def stream(http, **body):
+    response = http.post("/v1/completions", json={**body, "stream": True})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return chunks_of(response.text)
+
+
+def error_of(response, status, *, param=None, code=None) -> str:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    assert (body["error"]["param"], body["error"]["code"]) == (param, code)
+    assert "\n" not in body["error"]["message"]
+    return body["error"]["message"]
+
+
+def test_a_completion_is_the_engines_own_with_usage(http, engine):
+    body = complete(http, model="tiny", prompt="once upon", **GREEDY)
+    expected = engine.generate(["once upon"], Sampling(**GREEDY))[0]
+    assert body["object"] == "text_completion"
+    assert body["id"].startswith("cmpl-")
+    assert body["model"] == "tiny"
+    assert body["choices"] == [{"index": 0, "text": expected.text, "logprobs": None, "finish_reason": "length"}]
+    assert body["usage"] == {"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21}
+
+
+def test_a_stream_gives_the_same_text_in_pieces_then_usage_and_done(http):
+    whole = complete(http, prompt="once upon", **GREEDY)
+    *chunks, usage, done = stream(http, prompt="once upon", stream_options={"include_usage": True}, **GREEDY)
+    assert done == "[DONE]"
+    assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["choices"][0]["text"]
+    assert len(chunks) > 3
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert {chunk["usage"] for chunk in chunks} == {None}
+    assert len({chunk["id"] for chunk in [*chunks, usage]}) == 1
+    plain = stream(http, prompt="once upon", **GREEDY)
+    assert "usage" not in plain[0]
+    assert plain[-1] == "[DONE]"
+    running = stream(http, prompt="x", stream_options={"continuous_usage_stats": True}, **GREEDY)[:-1]
+    assert [chunk["usage"]["completion_tokens"] for chunk in running][-1] == 12
+    assert running[0]["usage"]["completion_tokens"] == 1
+
+
+def test_every_form_of_prompt_and_n_and_echo(http, tokenizer):
+    one, two = (complete(http, prompt=text, **GREEDY)["choices"][0]["text"] for text in ("one", "two"))
+    both = complete(http, prompt=["one", "two"], **GREEDY)
+    assert [choice["text"] for choice in both["choices"]] == [one, two]
+    assert [choice["index"] for choice in both["choices"]] == [0, 1]
+    assert both["usage"] == {"prompt_tokens": 6, "completion_tokens": 24, "total_tokens": 30}
+    ids = [tokenizer.encode("one"), tokenizer.encode("two")]
+    assert complete(http, prompt=ids[0], **GREEDY)["choices"][0]["text"] == one
+    assert [c["text"] for c in complete(http, prompt=ids, echo=True, **GREEDY)["choices"]] == ["one" + one, "two" + two]
+    assert "".join(c["choices"][0]["text"] for c in stream(http, prompt="one", echo=True, **GREEDY)[:-1]) == "one" + one
+    several = complete(http, prompt="one", n=3, seed=5, max_tokens=8, ignore_eos=True)
+    assert several["usage"]["prompt_tokens"] == 3
+    texts = [choice["text"] for choice in several["choices"]]
+    assert len(set(texts)) == 3
+    assert texts == [
+        c["text"] for c in complete(http, prompt="one", n=3, seed=5, max_tokens=8, ignore_eos=True)["choices"]
+    ]
+    pieces = ["", "", ""]
+    for chunk in stream(http, prompt="one", n=3, seed=5, max_tokens=8, ignore_eos=True)[:-1]:
+        pieces[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert pieces == texts
+    assert complete(http, prompt="", max_tokens=2)["usage"]["prompt_tokens"] == 1
+    assert complete(http, prompt="x")["usage"]["completion_tokens"] <= 16
+
+
+def test_stop_strings_end_the_text_whether_streamed_or_not(http):
+    text = complete(http, prompt="once upon", **GREEDY)["choices"][0]["text"]
+    stop = text[3:6]
+    cut = text[: text.index(stop)]
+    for value in (stop, ["never", stop]):
+        choice = complete(http, prompt="once upon", stop=value, **GREEDY)["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == (cut, "stop")
+    chunks = stream(http, prompt="once upon", stop=stop, **GREEDY)[:-1]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == cut
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_concurrent_calls_get_their_own_answers(http):
+    prompts = [f"prompt {i}" for i in range(6)]
+    alone = [complete(http, prompt=prompt, **GREEDY)["choices"][0]["text"] for prompt in prompts]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda prompt: complete(http, prompt=prompt, **GREEDY), prompts))
+    assert [body["choices"][0]["text"] for body in together] == alone
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [257]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": ["a"] * 8}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": "4"}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature"),
+        ({"prompt": "a", "temperature": -1}, "temperature"),
+        ({"prompt": "a", "temperature": 10**400}, "temperature"),
+        ({"prompt": "a", "top_p": 2}, "top_p"),
+        ({"prompt": "a", "top_k": 1.5}, "top_k"),
+        ({"prompt": "a", "min_p": []}, "min_p"),
+        ({"prompt": "a", "seed": "x"}, "seed"),
+        ({"prompt": "a", "seed": 2**64}, "seed"),
+        ({"prompt": "a", "stop": 5}, "stop"),
+        ({"prompt": "a", "stop": [5]}, "stop"),
+        ({"prompt": "a", "stop": ""}, "stop"),
+        ({"prompt": "a", "stop": ["x"] * 17}, "stop"),
+        ({"prompt": "a", "stream": "yes"}, "stream"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
+        ({"prompt": "a", "stream": True, "stream_options": {"usage": True}}, "stream_options"),
+        ({"prompt": "a", "stream": True, "stream_options": 5}, "stream_options"),
+        ({"prompt": "a", "stream": True, "stream_options": {"include_usage": 1}}, "include_usage"),
+        ({"prompt": "a", "n": 0}, "n"),
+        ({"prompt": "a", "n": 17}, "n"),
+        ({"prompt": "a", "n": 8}, "prompt"),
+        ({"prompt": "a", "echo": 1}, "echo"),
+        ({"prompt": "a", "ignore_eos": "no"}, "ignore_eos"),
+        ({"prompt": "a", "user": 5}, "user"),
+        ({"prompt": "a", "model": 5}, "model"),
+        ({"prompt": "a", "logprobs": 0}, "logprobs"),
+        ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty"),
+        ({"prompt": "a", "best_of": 2}, "best_of"),
+        ({"prompt": "a", "best_of": True}, "best_of"),
+        ({"prompt": "a", "temprature": 1}, "temprature"),
+    ],
+)
+def test_each_bad_parameter_is_a_400_that_names_it(http, body, param):
+    # httpx encodes as UTF-8, which has no lone surrogate; JSON's escapes have.
+    content = json.dumps(body).encode()
+    message = error_of(http.post("/v1/completions", content=content), 400, param=param)
+    assert message
+
+
+def test_neutral_values_of_what_is_not_built_are_accepted(http):
+    neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "best_of": 1, "suffix": None}
+    plain = complete(http, prompt="a", **GREEDY)["choices"]
+    assert (
+        complete(http, prompt="a", logprobs=None, user="me", top_k=-1, stop=None, **neutral, **GREEDY)["choices"]
+        == plain
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"nul",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"prompt": NaN}',
+        b"[" * 100_000,
+        b'{"max_tokens": ' + b"9" * 9999,
+    ],
+)
+def test_malformed_json_is_a_400(http, content):
+    error_of(http.post("/v1/completions", content=content), 400, code="invalid_json")
+
+
+def test_too_long_unknown_model_wrong_path_and_wrong_method(http):
+    response = http.post("/v1/completions", json={"prompt": "x" * 60, "max_tokens": 10})
+    message = error_of(response, 400, param="max_tokens", code="context_length_exceeded")
+    assert message.startswith(
+        "This model's maximum context length is 64 tokens. However, you requested 70 tokens (60 in"
+    )
+    response = http.post("/v1/completions", json={"prompt": "x" * 64})
+    error_of(response, 400, param="prompt", code="context_length_exceeded")
+    response = http.post("/v1/completions", json={"prompt": "x", "model": "gpt-5"})
+    assert "`gpt-5` does not exist" in error_of(response, 404, param="model", code="model_not_found")
+    error_of(http.get("/v1/models/other"), 404, param="model", code="model_not_found")
+    error_of(http.get("/v2"), 404)
+    error_of(http.get("/v1/completions"), 405)
+
+
+def test_a_body_that_is_too_large_is_refused_and_the_connection_lives(http):
+    error_of(http.post("/v1/completions", content=b" " * (api.MAX_BODY_BYTES + 1)), 413, code="body_too_large")
+    assert complete(http, prompt="a", max_tokens=1)
+
+
+def test_models_and_health(http):
+    listed = http.get("/v1/models").json()
+    assert [model["id"] for model in listed["data"]] == ["tiny"]
+    assert http.get("/v1/models/tiny").json() == listed["data"][0]
+    assert listed["data"][0]["max_model_len"] == 64
+    assert (http.get("/health").status_code, http.get("/health").json()) == (200, {"status": "ready"})
+
+
+def metric(http, name: str) -> float:
+    lines = http.get("/metrics").text.splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
+
+
+def test_metrics_count_what_was_done(http):
+    before = {name: metric(http, name) for name in ("gcompute_output_tokens_total", "gcompute_prompt_tokens_total")}
+    complete(http, prompt="abc", **GREEDY)
+    assert metric(http, "gcompute_output_tokens_total") == before["gcompute_output_tokens_total"] + 12
+    assert metric(http, "gcompute_prompt_tokens_total") == before["gcompute_prompt_tokens_total"] + 3
+    assert metric(http, 'gcompute_requests_total{reason="length"}') >= 1
+    assert metric(http, "gcompute_time_to_first_token_seconds_count") >= 1
+    assert metric(http, "gcompute_slots") == 3
+    assert metric(http, "gcompute_running") == metric(http, "gcompute_kv_cells_used") == 0
+    assert metric(http, "gcompute_programs") == 7
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_disconnects_frees_its_slots(url, engine, gate, monkeypatch, wait_until, streamed):
+    cancelled = threading.Event()
+    real_cancel = engine.cancel
+
+    def cancel(stream):
+        real_cancel(stream)
+        cancelled.set()
+
+    monkeypatch.setattr(engine, "cancel", cancel)
+    body = {"prompt": "a", "max_tokens": 60, "ignore_eos": True, "n": 4, "stream": streamed}
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as leaving:
+        if streamed:
+            with leaving.stream("POST", "/v1/completions", json=body) as response:
+                lines = response.iter_lines()  # held: an iterator that is dropped closes the connection
+                assert next(lines).startswith("data: ")
+                assert gate.reached.wait(30)
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                leaving.post("/v1/completions", json=body, timeout=0.5)
+    assert cancelled.wait(30)
+    assert engine.stats().num_running == 3
+    gate.open.set()
+    wait_until(engine, lambda: engine.stats().num_running == engine.stats().num_waiting == 0)
+    assert engine._scheduler.num_free == 3
+    assert len(engine.generate(["after"], Sampling(max_tokens=3, ignore_eos=True))[0].ids) == 3
+
+
+def test_a_full_queue_is_a_429_and_the_accepted_finish(http, engine, gate, wait_until):
+    with ThreadPoolExecutor(7) as pool:
+        accepted = [pool.submit(complete, http, prompt=f"{i}", **GREEDY) for i in range(7)]
+        assert gate.reached.wait(30)
+        wait_until(engine, lambda: engine.stats().num_waiting == 4)
+        response = http.post("/v1/completions", json={"prompt": "one more"})
+        error_of(response, 429, code="queue_full")
+        assert int(response.headers["Retry-After"]) >= 1
+        gate.open.set()
+        assert all(future.result()["usage"]["completion_tokens"] == 12 for future in accepted)
+
+
+def test_a_failure_in_mid_stream_is_an_error_event_and_then_the_end(http, engine, before_each, caplog):
+    caplog.set_level(logging.CRITICAL)
+
+    def fail():
+        raise RuntimeError("forced")
+
+    with before_each(engine, "decode", fail):
+        *chunks, last = stream(http, prompt="a", **GREEDY)
+        whole = http.post("/v1/completions", json={"prompt": "a", **GREEDY})
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None]
+    assert list(last) == ["error"]
+    assert "forced" in last["error"]["message"]
+    assert "forced" in error_of(whole, 500)
+    assert complete(http, prompt="a", **GREEDY)["choices"][0]["finish_reason"] == "length"
+
+
+def test_before_it_is_ready_calls_are_answered_503(small_engine):
+    with background(small_engine, LOCAL, model_name="tiny") as url, httpx.Client(base_url=url, trust_env=False) as http:
+        for response in (http.get("/health"), http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})):
+            assert response.status_code == 503
+            assert int(response.headers["Retry-After"]) >= 1
+        assert http.get("/health").json() == {"status": "loading"}
+        small_engine.start()
+        small_engine.wait_ready()
+        assert complete(http, prompt="a", max_tokens=1)
+        small_engine.drain()
+        assert http.get("/health").json() == {"status": "draining"}
+        error_of(http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}), 503, code="not_ready")
+        small_engine.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_under_load_lets_accepted_requests_finish_and_closes_the_engine(small_engine, number, before_each):
+    results = []
+    small_engine.warmup()
+    submitted = threading.Semaphore(0)
+    real_submit = small_engine.submit_all
+
+    def submit_all(requests):
+        streams = real_submit(requests)
+        submitted.release()
+        return streams
+
+    small_engine.submit_all = submit_all
+    signalled = threading.Event()
+
+    def load(url: str) -> None:
+        with httpx.Client(base_url=url, trust_env=False, timeout=60) as http, ThreadPoolExecutor(6) as pool:
+            body = {"max_tokens": 10, "ignore_eos": True}
+            calls = [pool.submit(complete, http, prompt="ab", **body) for _ in range(3)]
+            calls += [pool.submit(stream, http, prompt="ab", **body) for _ in range(3)]
+            for _ in calls:
+                assert submitted.acquire(timeout=30)
+            os.kill(os.getpid(), number)
+            signalled.set()
+            results.extend(call.result() for call in calls)
+
+    threads = []
+
+    def announce(url: str) -> None:
+        threads.append(threading.Thread(target=load, args=(url,)))
+        threads[0].start()
+
+    with before_each(small_engine, "decode", lambda: signalled.wait(30)):
+        serve(small_engine, LOCAL, model_name="tiny", announce=announce)
+    threads[0].join()
+    assert [result["usage"]["completion_tokens"] for result in results[:3]] == [10] * 3
+    assert all(result[-1] == "[DONE]" for result in results[3:])
+    assert small_engine.stats().status == "closed"
+
+
+def test_a_port_in_use_and_a_foreign_host_are_refused_in_one_line(small_engine):
+    with bind("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+        assert url_of(sock) == f"http://127.0.0.1:{port}"
+        with pytest.raises(ValueError, match=f"port {port} of '127.0.0.1' is in use"):
+            serve(small_engine, ServeConfig(port=port), model_name="tiny", announce=print)
+    for host in ("192.0.2.1", "no host", "x" * 300):
+        with pytest.raises(ValueError, match=r"host|listened on"):
+            bind(host, 0)
+
+
+def test_the_measuring_client_reports_text_times_and_totals(url, engine):
+    prompts = ["alpha", "beta", "gamma", "delta"]
+    load = client.measure(url, prompts, **GREEDY)
+    expected = engine.generate(prompts, Sampling(**GREEDY))
+    assert [done.text for done in load.completions] == [done.text for done in expected]
+    assert [done.prompt_tokens for done in load.completions] == [5, 4, 5, 5]
+    assert load.num_tokens == 48
+    assert load.tokens_per_s == pytest.approx(48 / load.wall_s)
+    for done in load.completions:
+        assert 0 < done.first_token_s <= done.total_s <= load.wall_s
+        assert done.per_token_s == pytest.approx((done.total_s - done.first_token_s) / 11)
+        assert done.finish_reason == "length"
+    assert len(client.measure(url, prompts, concurrency=1, **GREEDY).completions) == 4
+
+
+def test_the_measuring_client_says_what_went_wrong(url):
+    with pytest.raises(ValueError, match="answered 400"):
+        client.measure(url, ["a"], max_tokens=0)
+    with pytest.raises(ValueError, match="no prompts"):
+        client.measure(url, [])
+    with bind("127.0.0.1", 0) as sock:
+        closed = url_of(sock)
+    with pytest.raises(ValueError, match="did not answer"):
+        client.measure(closed, ["a"])
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    body=st.dictionaries(st.sampled_from([*KNOWN, *NEUTRAL]) | st.text(max_size=5), json_values, max_size=6)
+    | st.fixed_dictionaries(
+        {"prompt": st.text(max_size=10) | st.lists(st.integers(-1, 300), max_size=5)},
+        optional={name: json_values for name in KNOWN if name not in ("prompt", "model")},
+    )
+)
+def test_any_json_is_read_or_refused_with_a_status_below_500(engine, body):
+    try:
+        ask = parse_ask(json.dumps(body).encode(), engine=engine, model_name="tiny")
+    except (RequestError, HttpError) as error:
+        answer = http_error(error)
+        assert answer.status in (400, 404)
+        assert json.dumps(answer.body()).encode()
+        assert len(answer.message) < 500
+    else:
+        assert isinstance(ask, Ask)
+        assert len(ask.requests) == len(ask.echoes) > 0
+
+
+def test_streams_read_in_one_loop_are_interleaved(http, url):
+    async def both() -> list[str]:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as http:
+            bodies = [{"prompt": text, "stream": True, **GREEDY} for text in ("one", "two", "three")]
+            answers = await asyncio.gather(*(http.post("/v1/completions", json=body) for body in bodies))
+            return ["".join(c["choices"][0]["text"] for c in chunks_of(a.text)[:-1]) for a in answers]
+
+    assert asyncio.run(both()) == [
+        complete(http, prompt=t, **GREEDY)["choices"][0]["text"] for t in ("one", "two", "three")
+    ]
