@@ -6,7 +6,7 @@ arguments to `gcompute train`. TPU slices, Slurm and Kubernetes tell JAX who is 
 
   python tpu_scripts/train_multihost.py --mesh fsdp=16 --model gpt2 --steps 1000                       # on a TPU
   python tpu_scripts/train_multihost.py --coordinator 10.0.0.1:8476 --num-processes 2 --process-id 0 --mesh data=2
-  python tpu_scripts/train_multihost.py --local-processes 2 --mesh data=2 --model tiny --steps 20      # a trial here
+  python tpu_scripts/train_multihost.py --local-processes 2 --mesh data=2 --model demo --steps 20      # a trial here
   python tpu_scripts/train_multihost.py --local-processes 2 --check                                    # no training
 
 Exit status: that of `gcompute train`; 1 where the hosts did not find one another or a sum came out wrong; 2 bad

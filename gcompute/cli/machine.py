@@ -26,10 +26,8 @@ def command(as_json: bool, again: bool, fast: bool) -> None:
     from gcompute.measure.machine import look
 
     cache = cache_directory()
-    if again:
-        (cache / "roofline.json").unlink(missing_ok=True)
     machine = look()
-    roofline = measured_roofline(cache, Console(stderr=True))
+    roofline = measured_roofline(cache, Console(stderr=True), again=again)
     if as_json:
         print(json.dumps({"machine": machine.to_dict(), "roofline": roofline.to_dict()}))
         return

@@ -27,7 +27,8 @@ CGROUP_MEMORY_FILES = (
 class Machine:
     """What this process runs on. None is what the platform does not tell.
 
-    `cores` are those that this process may use. `device_memory_bytes` is what JAX may allocate on one local device.
+    `cores` are those that this process may use. `device_memory_bytes` is what JAX may allocate on one local device
+    (None on CPU).
     `huge_pages` is the kernel's transparent huge page mode; `malloc_huge_pages` whether glibc's malloc asks for them.
     """
 
@@ -66,7 +67,7 @@ def look() -> Machine:
         device_kind=device.device_kind,
         num_devices=jax.device_count(),
         num_local_devices=jax.local_device_count(),
-        device_memory_bytes=device_limit_bytes(device),
+        device_memory_bytes=(device.memory_stats() or {}).get("bytes_limit"),
         cpu=cpu_model(),
         cores=usable_cores(),
         memory_bytes=memory_bytes,
@@ -79,12 +80,6 @@ def look() -> Machine:
         jaxlib=version("jaxlib"),
         flax=version("flax"),
     )
-
-
-def device_limit_bytes(device: jax.Device) -> int | None:
-    """Bytes that JAX may allocate on `device`, or None where its allocator does not say (CPU)."""
-    stats = device.memory_stats() or {}
-    return stats.get("bytes_limit")
 
 
 def usable_cores() -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -57,36 +58,20 @@ def _profiles(directory: Path, pattern: str) -> list[Path]:
     return sorted((directory / "plugins" / "profile").glob(f"*/{pattern}"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceMemory:
-    """The most bytes in use so far: of one device by its allocator, or of this whole process where it has none (CPU).
+def device_memory() -> dict[str, Any]:
+    """The most bytes in use so far, as plain values: `source`, `peak_bytes` by device, and their largest.
 
-    `source` says which: "device allocator" or "process peak RSS". `limit_bytes` is None for a process.
+    `source` is "device allocator", or "process peak RSS" where the devices share the host's memory and keep no count
+    (CPU): one figure for the whole process, under "host".
     """
-
-    device: str
-    peak_bytes: int
-    limit_bytes: int | None
-    source: str
-
-
-def device_memory() -> tuple[DeviceMemory, ...]:
-    """Peak memory of each local device; one entry for the process where the devices share the host's memory."""
-    entries = []
+    peaks = {}
     for device in jax.local_devices():
         stats = device.memory_stats() or {}
         if "peak_bytes_in_use" in stats:
-            entries.append(
-                DeviceMemory(
-                    device=str(device),
-                    peak_bytes=stats["peak_bytes_in_use"],
-                    limit_bytes=stats.get("bytes_limit"),
-                    source="device allocator",
-                )
-            )
-    if entries:
-        return tuple(entries)
-    return (DeviceMemory(device="host", peak_bytes=process_peak_bytes(), limit_bytes=None, source="process peak RSS"),)
+            peaks[str(device)] = int(stats["peak_bytes_in_use"])
+    source = "device allocator" if peaks else "process peak RSS"
+    peaks = peaks or {"host": process_peak_bytes()}
+    return {"source": source, "peak_bytes": peaks, "largest_peak_bytes": max(peaks.values())}
 
 
 def process_peak_bytes() -> int:

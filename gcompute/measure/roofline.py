@@ -26,8 +26,10 @@ CPU_SIZES, ACCELERATOR_SIZES = (1024, 2048), (4096, 8192)
 # Well past the last level cache of any processor so far, yet little to ask of a small machine.
 CPU_READ_BYTES, ACCELERATOR_READ_BYTES = 256 << 20, 1 << 30
 MIN_REPEATS, MAX_REPEATS = 3, 50
+PROGRESS_NAME = "measuring the roofline"
 
-Progress = Callable[[float, str], None]
+# What is done, steps done, steps in all.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,7 @@ def measure_roofline(
     / time for a sum over one array. A size that would overrun its share of the time is left out.
 
     Args:
-      progress: called with the share done, 0 to 1, and what is measured next.
+      progress: called with what is measured, how many ceilings are done, and how many there are.
       sizes: of the square matrices, ascending; `read_bytes`: of the array to sum. Defaults suit the backend.
 
     Raises:
@@ -106,15 +108,17 @@ def measure_roofline(
     if read_bytes is None:
         # The sum holds its input alone; an eighth leaves a small machine room to breathe.
         read_bytes = min(CPU_READ_BYTES, host_memory_bytes()[1] // 8) if on_cpu else ACCELERATOR_READ_BYTES
-    report = progress or (lambda done, what: None)
-    share_s = seconds / (len(DTYPES) + 1)
+    report = progress or (lambda what, done, total: None)
+    num_ceilings = len(DTYPES) + 1
+    share_s = seconds / num_ceilings
     flops_per_s = {}
-    for index, (name, dtype) in enumerate(DTYPES.items()):
-        report(index / (len(DTYPES) + 1), f"{name} matmul")
-        flops_per_s[name] = _matmul_flops_per_s(dtype, sizes, share_s=share_s, device=device)
-    report(len(DTYPES) / (len(DTYPES) + 1), "memory bandwidth")
-    memory_bytes_per_s = _read_bytes_per_s(read_bytes, share_s=share_s, device=device)
-    report(1.0, "done")
+    with jax.default_device(device):
+        for index, (name, dtype) in enumerate(DTYPES.items()):
+            report(PROGRESS_NAME, index, num_ceilings)
+            flops_per_s[name] = _matmul_flops_per_s(dtype, sizes, share_s=share_s)
+        report(PROGRESS_NAME, len(DTYPES), num_ceilings)
+        memory_bytes_per_s = _read_bytes_per_s(read_bytes, share_s=share_s)
+    report(PROGRESS_NAME, num_ceilings, num_ceilings)
     return MeasuredRoofline(
         matmul_flops_per_s=flops_per_s,
         memory_bytes_per_s=memory_bytes_per_s,
@@ -150,7 +154,7 @@ def cache_key(machine: Machine) -> str:
     return ", ".join(str(part) for part in (*parts, pages))
 
 
-def _matmul_flops_per_s(dtype: Any, sizes: tuple[int, ...], *, share_s: float, device: jax.Device) -> float:
+def _matmul_flops_per_s(dtype: Any, sizes: tuple[int, ...], *, share_s: float) -> float:
     program = jax.jit(matmul)
     deadline_s = time.perf_counter() + share_s
     best = 0.0
@@ -158,10 +162,7 @@ def _matmul_flops_per_s(dtype: Any, sizes: tuple[int, ...], *, share_s: float, d
         if best and MIN_REPEATS * 2 * size**3 / best > deadline_s - time.perf_counter():
             break
         key_a, key_w = jax.random.split(jax.random.key(0))
-        a, w = (
-            jax.device_put(jax.random.normal(key, (size, size), jnp.float32).astype(dtype), device)
-            for key in (key_a, key_w)
-        )
+        a, w = (jax.random.normal(key, (size, size), jnp.float32).astype(dtype) for key in (key_a, key_w))
         best = max(best, 2 * size**3 / _median_s(partial(program, a, w), _until(deadline_s, size, sizes)))
     return best
 
@@ -172,9 +173,9 @@ def _until(deadline_s: float, size: int, sizes: tuple[int, ...]) -> float:
     return deadline_s if size == sizes[-1] else deadline_s - 0.75 * left_s
 
 
-def _read_bytes_per_s(num_bytes: int, *, share_s: float, device: jax.Device) -> float:
+def _read_bytes_per_s(num_bytes: int, *, share_s: float) -> float:
     deadline_s = time.perf_counter() + share_s
-    values = jax.device_put(jnp.ones((max(1, num_bytes // 4),), jnp.float32), device)
+    values = jnp.ones((max(1, num_bytes // 4),), jnp.float32)
     return values.nbytes / _median_s(partial(jax.jit(jnp.sum), values), deadline_s)
 
 

@@ -3,7 +3,8 @@
     waiting -> prefill into a free slot -> decode with all other slots -> finished, slot free
 
 Every program is compiled before the first request. A failure of one request ends that request; a failure of the
-device ends the requests that run, and the engine goes on with empty slots.
+device ends the requests that run, and the engine goes on with empty slots. One class, however long, because one lock
+guards all that its methods share.
 """
 
 import logging

@@ -144,12 +144,12 @@ def place(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def evaluate(programs: Programs, params: Any, windows: ValidationWindows, most: int | None) -> float:
-    """Mean validation loss in nats a token over the first `most` batches, or over the whole split."""
+    """Mean validation loss in nats a token over `most` batches spread over the split, or all of it."""
     total = weight = 0.0
     sharding = NamedSharding(programs.batch_sharding.mesh, PartitionSpec(*programs.batch_sharding.spec[1:]))
-    for index, batch in enumerate(windows):
-        if most is not None and index == most:
-            break
+    # Spread over the split: its files are in order of their names, so the first batches are all of one kind.
+    chosen = range(len(windows)) if most is None else sorted({i * len(windows) // most for i in range(most)})
+    for batch in map(windows.batch_at, chosen):
         losses, weights = programs.evaluate(params, *(place(rows, sharding) for rows in batch))
         total, weight = total + float(losses), weight + float(weights)
     return total / weight
@@ -177,8 +177,8 @@ def train(
     entered = time.perf_counter()
     programs = build_programs(run)
     train_config, steps = run.train, run.train.steps
-    source = BatchSource(corpus.train, seq=run.seq, batch=train_config.batch, seed=train_config.seed)
-    windows = ValidationWindows(corpus.val, seq=run.seq, batch=train_config.batch)
+    source = BatchSource(tokens=corpus.train, seq=run.seq, batch=train_config.batch, seed=train_config.seed)
+    windows = ValidationWindows(tokens=corpus.val, seq=run.seq, batch=train_config.batch)
     schedule = make_schedule(run.optimizer, steps)
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(programs.abstract_state.params))
     flops = train_flops(run.model, batch=train_config.batch, seq=run.seq).step_flops
@@ -195,7 +195,9 @@ def train(
         state = dataclasses.replace(state, step=place(np.asarray(state.step), programs.abstract_state.step.sharding))
         step = int(state.step)
         log = stack.enter_context(MetricsLog(out / METRICS, last_step=step)) if first else None
-        batches = stack.enter_context(Prefetcher(source, first_step=step, last_step=steps, depth=programs.dispatch_steps))
+        batches = stack.enter_context(
+            Prefetcher(map(source.batch_at, range(step, steps)), depth=2 * programs.dispatch_steps)
+        )
         report(
             Started(
                 first_step=step,

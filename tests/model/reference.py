@@ -22,13 +22,10 @@ def reference_logits(params, tokens, config):
         if config.positions != "rope":
             return head
         half = head.shape[-1] // 2
-        out = []
-        for t in range(length):
-            angles = jnp.array([t / config.rope_theta ** (2 * i / head.shape[-1]) for i in range(half)])
-            c, s = jnp.cos(angles), jnp.sin(angles)
-            a, b = head[t, :half], head[t, half:]
-            out.append(jnp.concatenate([a * c - b * s, b * c + a * s]))
-        return jnp.stack(out)
+        periods = jnp.array([config.rope_theta ** (2 * i / head.shape[-1]) for i in range(half)])
+        c, s = jnp.cos(jnp.arange(length)[:, None] / periods), jnp.sin(jnp.arange(length)[:, None] / periods)
+        a, b = head[:, :half], head[:, half:]
+        return jnp.concatenate([a * c - b * s, b * c + a * s], axis=1)
 
     def act(values):
         if config.activation == "swiglu":
@@ -57,12 +54,10 @@ def reference_logits(params, tokens, config):
                 q_head = q_head / jnp.sqrt((q_head**2).mean(-1, keepdims=True) + config.norm_eps) * scale["q_norm"]
                 k_head = k_head / jnp.sqrt((k_head**2).mean(-1, keepdims=True) + config.norm_eps) * scale["k_norm"]
             q_head, k_head = rope(q_head), rope(k_head)
-            rows = []
-            for t in range(length):
-                s = k_head[: t + 1] @ q_head[t] / config.head_size**0.5
-                w = jnp.exp(s - s.max())
-                rows.append((w / w.sum()) @ v_head[: t + 1])
-            mixed = mixed + jnp.stack(rows) @ a["o_NHD"][n]
+            s = q_head @ k_head.T / config.head_size**0.5
+            s = jnp.where(jnp.arange(length)[None] > jnp.arange(length)[:, None], -jnp.inf, s)
+            w = jnp.exp(s - s.max(axis=1, keepdims=True))
+            mixed = mixed + (w / w.sum(axis=1, keepdims=True)) @ v_head @ a["o_NHD"][n]
         x = x + mixed
         m = p["mlp"]
         h = norm(x, p["mlp_norm"])

@@ -58,14 +58,15 @@ def test_forward_and_gradient_equal_the_textbook_in_float64(config):
             return (forward(params, tokens, config=config, execution=execution)[0] * pull).sum()
 
         def textbook(params):
-            return sum((reference_logits(params, row, config) * pull[i]).sum() for i, row in enumerate(tokens))
+            return (jax.vmap(lambda row: reference_logits(params, row, config))(tokens) * pull).sum()
 
         expected, expected_grad = jax.jit(jax.value_and_grad(textbook))(params)
         for execution in (FLOAT64, dataclasses.replace(FLOAT64, unroll=2)):
             value, grad = jax.jit(jax.value_and_grad(partial(ours, execution=execution)))(params)
             np.testing.assert_allclose(value, expected, rtol=1e-9)
             jax.tree.map(
-                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-8 * float(jnp.abs(b).max())),
+                # The absolute part is for a key bias without RoPE: softmax ignores it, so its gradient is rounding.
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-8 * float(jnp.abs(b).max()) + 1e-13),
                 grad,
                 expected_grad,
             )

@@ -251,8 +251,8 @@ def test_probe_gives_up_on_a_jax_that_hangs_and_reports_one_that_breaks(
 ):
     (tmp_path / "jax.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    hung = colab_setup.probe_backend(1.5)
-    assert (hung.backend, hung.error) == (None, "jax did not start within 1.5 s")
+    hung = colab_setup.probe_backend(3)
+    assert (hung.backend, hung.error) == (None, "jax did not start within 3 s")
     assert hung.libtpu_wanted.startswith("libtpu==")
     (tmp_path / "jax.py").write_text(textwrap.dedent("raise ImportError('numpy is too old')"))
     broken = colab_setup.probe_backend(120)

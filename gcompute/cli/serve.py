@@ -1,0 +1,49 @@
+"""gcompute serve: answer the OpenAI completions API with a trained model."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
+from gcompute.cli.flags import SectionedCommand, config_options, given
+from gcompute.config.serve import ServeConfig
+
+
+class ServeCommand(SectionedCommand):
+    examples = (
+        "gcompute serve runs/first --port 8000",
+        "gcompute serve runs/first --slots 16 --max-queue 128 --precision float32",
+        'curl -s localhost:8000/v1/completions -d \'{"model": "first", "prompt": "def ", "max_tokens": 40}\'',
+    )
+
+
+@click.command(cls=ServeCommand)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--name", default=None, help="Model name that requests use.  [the run's name]")
+@click.option("--fast/--no-fast", default=True, help="Restart once with huge pages where that is faster.  [fast]")
+@config_options(ServeConfig, "Serving")
+def command(checkpoint: Path, name: str | None, fast: bool, **values: Any) -> None:
+    """Serve the model in CHECKPOINT, the --out directory of `gcompute train`: /v1/completions, /v1/models, /health,
+    /metrics. SIGTERM and Ctrl-C finish accepted requests first."""
+    restart_fast(fast)
+    quiet_backends()
+    config = ServeConfig(**given(ServeConfig, values))
+    use_compilation_cache()
+    from rich.console import Console
+
+    from gcompute.model.pretrained import load
+    from gcompute.serve.engine import Engine
+    from gcompute.serve.server import serve
+
+    console = Console(stderr=True)
+    model = load(checkpoint, notice=lambda text: console.print(f"notice: {text}", soft_wrap=True))
+    model_name = name or model.name
+    engine = Engine(model.params, model.config, model.tokenizer, config)
+    console.print(f"{model_name}: step {model.step}, compiling {len(engine.programs())} programs", highlight=False)
+    serve(
+        engine,
+        config,
+        model_name=model_name,
+        announce=lambda url: console.print(f"serving {model_name} at {url} (Ctrl-C stops)", highlight=False),
+    )
