@@ -162,8 +162,8 @@ memory, so the ratio says how far the program is from that.</p>
 {picture(curve_png, "loss by step")}
 {table(("validation, same tokens", "loss, nats a token", "perplexity"), losses)}
 <h2>Memory</h2>
-{picture(memory_picture(memory, peak.get("peak_bytes"), peak.get("source", "measured")), "memory by component")}
-<p class="note">Predicted: arrays of one train step. Measured: {html.escape(str(peak.get("source", "")))}, which on a CPU
+{picture(memory_picture(memory, peak["largest_peak_bytes"], peak["source"]), "memory by component")}
+<p class="note">Predicted: arrays of one train step. Measured: {html.escape(peak["source"])}, which on a CPU
 holds the whole process: Python, the compiler and the corpus too.</p>
 <h2>What it wrote</h2>
 {texts}

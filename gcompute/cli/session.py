@@ -16,7 +16,7 @@ from rich.table import Table
 from gcompute.cli.progress import TrainProgress, WorkProgress, duration
 from gcompute.config.train import RunConfig
 from gcompute.measure.machine import Machine, look
-from gcompute.measure.profile import DeviceMemory, device_memory
+from gcompute.measure.profile import device_memory
 from gcompute.measure.roofline import MeasuredRoofline, load_or_measure
 from gcompute.model.pretrained import TOKENIZER
 from gcompute.plan.memory import TrainMemory, train_memory
@@ -50,7 +50,7 @@ class Session:
     roofline: MeasuredRoofline
     prediction: Prediction
     result: TrainResult
-    peak_memory: DeviceMemory
+    peak_memory: dict[str, Any]
     time_to_first_step_s: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Session:
             },
             "measured": {
                 **dataclasses.asdict(self.result),
-                "memory": dataclasses.asdict(self.peak_memory),
+                "memory": self.peak_memory,
                 "time_to_first_step_s": self.time_to_first_step_s,
                 "roofline": self.roofline.to_dict(),
             },
@@ -82,11 +82,7 @@ def corpus_directory(cache: Path, run: RunConfig) -> Path:
 def measured_roofline(cache: Path, console: Console, *, again: bool = False) -> MeasuredRoofline:
     """This machine's roofline, measured once and kept."""
     with WorkProgress(console) as progress:
-        return load_or_measure(
-            cache / "roofline.json",
-            again=again,
-            progress=lambda share, what: progress("measuring the roofline", round(100 * share), 100),
-        )
+        return load_or_measure(cache / "roofline.json", again=again, progress=progress)
 
 
 def predict(run: RunConfig, roofline: MeasuredRoofline) -> Prediction:
@@ -218,7 +214,7 @@ def train_session(
         roofline=roofline,
         prediction=prediction,
         result=result,
-        peak_memory=max(device_memory(), key=lambda memory: memory.peak_bytes),
+        peak_memory=device_memory(),
         time_to_first_step_s=before + result.first_step_s if result.first_step_s is not None else None,
     )
     show_result(session, console)

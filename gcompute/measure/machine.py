@@ -4,6 +4,7 @@ import dataclasses
 import os
 import platform
 import subprocess
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -84,15 +85,14 @@ def look() -> Machine:
 
 def usable_cores() -> int:
     """Cores that this process may run on; all of them where the system has no affinity (macOS)."""
-    # Linux alone has sched_getaffinity: its presence is a fact of the platform.
-    if hasattr(os, "sched_getaffinity"):
+    if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cpu_model() -> str | None:
     """The processor's name, or None where the system does not tell it."""
-    if platform.system() == "Darwin":
+    if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         try:
             answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)

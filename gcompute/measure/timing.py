@@ -17,10 +17,6 @@ class Timing:
     min_s: float
     samples_s: tuple[float, ...]
 
-    @property
-    def samples(self) -> tuple[float, ...]:
-        return self.samples_s
-
     @classmethod
     def of(cls, samples_s: tuple[float, ...]) -> "Timing":
         return cls(median_s=statistics.median(samples_s), min_s=min(samples_s), samples_s=samples_s)
