@@ -84,12 +84,12 @@ def requests_picture(requests: list[dict[str, Any]]) -> bytes:
     figure = Figure(figsize=(8, 0.6 + 0.34 * max(len(requests), 2)), dpi=120, layout="constrained")
     axes = figure.subplots()
     for row, request in enumerate(requests):
-        start, first = request["start_s"], request["start_s"] + request["ttft_s"]
-        axes.barh(row, request["ttft_s"], left=start, color="#f2b36b", label="until the first token" if not row else None)
-        axes.barh(row, request["end_s"] - first, left=first, color="#4c78a8", label="writing" if not row else None)
+        first, total = request["first_token_s"], request["total_s"]
+        axes.barh(row, first, color="#f2b36b", label="until the first token" if not row else None)
+        axes.barh(row, total - first, left=first, color="#4c78a8", label="writing" if not row else None)
     axes.set_yticks(range(len(requests)), [f"request {i + 1}" for i in range(len(requests))])
     axes.invert_yaxis()
-    axes.set_xlabel("seconds")
+    axes.set_xlabel("seconds since the request was sent")
     axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 

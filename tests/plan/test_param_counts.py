@@ -11,7 +11,7 @@ from gcompute.config.presets import PRESETS
 from gcompute.model.transformer import abstract_params, param_dims
 from gcompute.plan.params import COMPONENTS, count_params, weight_arrays
 
-# Sources: the safetensors headers of the released checkpoints (openai-community, meta-llama, Qwen, TinyLlama).
+# Totals of the released checkpoints (openai-community, meta-llama, Qwen, TinyLlama).
 PUBLISHED = {
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,

@@ -1,0 +1,47 @@
+"""Traces that their viewers can read, and peak memory that follows what is allocated."""
+
+import gzip
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+import pytest
+
+from gcompute.measure.profile import device_memory, process_peak_bytes, trace
+
+
+def test_trace_writes_what_both_viewers_read(tmp_path):
+    def named_program(x):
+        return jnp.tanh(x) @ x
+
+    program = jax.jit(named_program)
+    with trace(tmp_path) as files, jax.profiler.TraceAnnotation("annotated here"):
+        jax.block_until_ready(program(jnp.ones((64, 64))))
+    events = json.loads(gzip.decompress(files.perfetto.read_bytes()))["traceEvents"]
+    assert any(event.get("name") == "annotated here" for event in events)
+    assert b"named_program" in files.xplane.read_bytes()
+    assert files.xplane.parent.parent == tmp_path / "plugins" / "profile"
+
+
+def test_files_of_a_trace_that_has_not_ended(tmp_path):
+    with trace(tmp_path / "new") as files, pytest.raises(ValueError, match="has not ended"):
+        _ = files.xplane
+    assert files.perfetto.is_file()
+
+
+def test_device_memory_says_which():
+    memory = device_memory()
+    assert memory["source"] in ("device allocator", "process peak RSS")
+    assert memory["largest_peak_bytes"] == max(memory["peak_bytes"].values()) > 0
+    assert json.loads(json.dumps(memory)) == memory
+
+
+def test_process_peak_follows_what_is_touched():
+    before = process_peak_bytes()
+    room = max(0, before - psutil.Process().memory_info().rss)
+    touched = np.ones(room + (64 << 20), np.uint8)
+    assert process_peak_bytes() >= before + (32 << 20)
+    del touched
+    assert process_peak_bytes() >= before + (32 << 20)

@@ -1,0 +1,39 @@
+"""Timing waits for results, and counts what it says it counts."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gcompute.measure.timing import Timing, measure
+
+
+def test_counts_warm_up_and_repeats():
+    calls = []
+    timing = measure(lambda x: calls.append(x) or x, 1.0, repeats=4, warmup=3)
+    assert len(calls) == 7
+    assert len(timing.samples_s) == 4
+    assert timing.min_s == min(timing.samples_s) <= timing.median_s
+
+
+def test_median_is_of_the_middle():
+    timing = Timing.of((3.0, 1.0, 2.0, 10.0))
+    assert (timing.median_s, timing.min_s) == (2.5, 1.0)
+
+
+def test_waits_until_the_result_is_ready():
+    def slow(x):
+        time.sleep(0.05)
+        return np.asarray(x)
+
+    # The callback runs inside the program: a timer that stopped at dispatch would miss its sleep.
+    program = jax.jit(lambda x: jax.pure_callback(slow, jax.ShapeDtypeStruct(x.shape, x.dtype), x))
+    assert measure(program, jnp.ones(3), repeats=2, warmup=1).min_s >= 0.05
+
+
+@pytest.mark.parametrize(("repeats", "warmup"), [(0, 1), (1, -1)])
+def test_refuses_no_repeats(repeats, warmup):
+    with pytest.raises(ValueError, match="repeats must be at least 1"):
+        measure(lambda: None, repeats=repeats, warmup=warmup)
