@@ -37,14 +37,18 @@ def demo_run(steps: int) -> RunConfig:
     """What the demo trains: sized for about two minutes on two cores."""
     return RunConfig(
         model=PRESETS["demo"],
-        optimizer=OptimizerConfig(optimizer="muon", learning_rate=4e-3, warmup_steps=20, schedule="linear", final_fraction=0.05),
-        train=TrainConfig(batch=16, steps=steps, eval_every=100, eval_batches=8, checkpoint_every=100),
+        optimizer=OptimizerConfig(
+            optimizer="muon", learning_rate=4e-3, warmup_steps=20, schedule="linear", final_fraction=0.05
+        ),
+        train=TrainConfig(batch=16, steps=steps, eval_every=100, checkpoint_every=100),
         data=DataConfig(data="stdlib", tokenizer="bpe:4096"),
     )
 
 
 @click.command(cls=DemoCommand)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Run directory.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Run directory."
+)
 @click.option("--steps", default=400, show_default=True, help="Optimizer steps.")
 @click.option("--again", is_flag=True, help="Serve and report anew, though a report is there.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")

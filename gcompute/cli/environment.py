@@ -46,7 +46,10 @@ def quiet_backends() -> None:
 
 def cache_directory() -> Path:
     """Where corpora, measured rooflines and compiled programs are kept: $GCOMPUTE_CACHE or ~/.cache/gcompute."""
-    root = os.environ.get("GCOMPUTE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gcompute"
+    root = (
+        os.environ.get("GCOMPUTE_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gcompute"
+    )
     return Path(root)
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import tomllib
-import types
-import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,8 +10,8 @@ import click
 
 from gcompute.config.fields import nearest
 from gcompute.config.mesh import MeshShape
+from gcompute.config.plain import from_plain, value_type
 
-Config = TypeVar("Config")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -61,14 +59,6 @@ class SectionedOption(click.Option):
         self.section = section
 
 
-def value_type(config_type: type, name: str) -> type:
-    """The type of a field, without its `| None`."""
-    hint = typing.get_type_hints(config_type)[name]
-    if isinstance(hint, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    return hint
-
-
 def config_options(config_type: type, section: str, **defaults: Any) -> Callable[[Command], Command]:
     """A decorator that gives a click command one option for each field of `config_type`.
 
@@ -103,28 +93,6 @@ def given(config_type: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a command's values that are fields of `config_type` and were given."""
     names = {field.name for field in dataclasses.fields(config_type)}
     return {name: value for name, value in values.items() if name in names and value is not None}
-
-
-def from_plain(config_type: type[Config], values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """Plain values (from TOML or JSON) as arguments of `config_type`.
-
-    Raises:
-      ValueError: a field is unknown or has the wrong type; the message names the source and the nearest field.
-    """
-    legal = [field.name for field in dataclasses.fields(config_type)]  # type: ignore[arg-type]
-    converted: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in legal:
-            raise ValueError(f"{source}: {name!r} is not known. {nearest(name, legal)}")
-        kind = value_type(config_type, name)
-        if kind is MeshShape and isinstance(value, str):
-            value = MeshShape.parse(value)
-        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-            raise ValueError(f"{source}: {name} must be of type {kind.__name__}, got {value!r}.")
-        converted[name] = value
-    return converted
 
 
 def read_toml(path: Path, sections: Mapping[str, type]) -> dict[str, dict[str, Any]]:

@@ -28,7 +28,11 @@ class WorkProgress:
 
     def __init__(self, console: Console):
         self.progress = Progress(
-            TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
         )
         self.tasks: dict[str, TaskID] = {}
 

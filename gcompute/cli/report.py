@@ -150,9 +150,9 @@ def render(data: ReportData, curve_png: bytes) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>gcompute demo</title><style>{STYLE}</style></head><body>
 <h1>gcompute demo</h1>
-<p class="lead">A {measured["num_params"]:,}-parameter transformer ({model["layers"]} layers, {model["dim"]} wide, context
-{model["context"]}) trained for {measured["step"]:,} steps of {training["batch"]} x {model["context"]} tokens on the
-source text of Python's standard library, then served over HTTP, all on this machine.</p>
+<p class="lead">A {measured["num_params"]:,}-parameter transformer ({model["layers"]} layers, {model["dim"]} wide,
+context {model["context"]}) trained for {measured["step"]:,} steps of {training["batch"]} x {model["context"]} tokens
+on the source text of Python's standard library, then served over HTTP, all on this machine.</p>
 <h2>Predicted beside measured</h2>
 {table(("training", "predicted", "measured", "measured / predicted"), _training_rows(session))}
 <p class="note">Predicted: from formulae and the two ceilings below, before the first step ran. Measured: medians over

@@ -158,7 +158,9 @@ def with_vocabulary(run: RunConfig, corpus: TokenizedCorpus, *, given: bool) -> 
     if not given:
         return dataclasses.replace(run, model=dataclasses.replace(run.model, vocab=size))
     if run.model.vocab < size:
-        raise ValueError(f"--vocab {run.model.vocab} is below the tokenizer's {size}: give at least {size}, or nothing.")
+        raise ValueError(
+            f"--vocab {run.model.vocab} is below the tokenizer's {size}: give at least {size}, or nothing."
+        )
     return run
 
 

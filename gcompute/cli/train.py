@@ -17,6 +17,7 @@ from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_config
 from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 
+PATH = click.Path(path_type=Path)
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "optimizer": OptimizerConfig,
@@ -40,8 +41,12 @@ class TrainCommand(SectionedCommand):
 
 @click.command(cls=TrainCommand)
 @click.option("--model", "model_name", default=None, help="Preset, or a model's .json or .toml file.  [demo]")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML: [model] [optimizer] [train] [data].")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/train"), show_default=True, help="Run directory.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="TOML: [model] [optimizer] [train] [data]."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/train"), show_default=True, help="Run directory."
+)
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, bit for bit.")
 @click.option("--profile", is_flag=True, help="Trace a few dispatches into OUT/profile, for XProf and Perfetto.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
@@ -99,7 +104,9 @@ def _stored_config(out: Path) -> dict[str, Any] | None:
 
 def run_from_plain(values: dict[str, Any], *, source: str) -> RunConfig:
     """A RunConfig from what `RunConfig.to_dict` gave."""
-    parts = {name: kind(**from_plain(kind, values[name], source=f"{source} [{name}]")) for name, kind in SECTIONS.items()}
+    parts = {
+        name: kind(**from_plain(kind, values[name], source=f"{source} [{name}]")) for name, kind in SECTIONS.items()
+    }
     return RunConfig(**parts)
 
 

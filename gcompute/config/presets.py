@@ -7,23 +7,25 @@ Baby GPT and its small CPU setting: nanoGPT, config/train_shakespeare_char.py an
 
 import json
 import tomllib
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
+from typing import Any
 
 from gcompute.config.fields import nearest
 from gcompute.config.model import ModelConfig
+from gcompute.config.plain import from_plain
 
 
-def _gpt2(**sizes: int) -> ModelConfig:
+def _gpt2(**sizes: Any) -> ModelConfig:
     shape = {"vocab": 50257, "context": 1024, **sizes}
     return ModelConfig(**shape, norm="layernorm", positions="learned", activation="gelu_tanh", bias=True, tied=True)
 
 
-def _llama3(**sizes: int) -> ModelConfig:
+def _llama3(**sizes: Any) -> ModelConfig:
     return ModelConfig(**sizes, vocab=128256, kv_heads=8, context=8192, rope_theta=500000.0, tied=False)
 
 
-def _nano(**sizes: int) -> ModelConfig:
+def _nano(**sizes: Any) -> ModelConfig:
     return ModelConfig(**sizes, vocab=65, norm="layernorm", positions="learned", activation="gelu")
 
 
@@ -80,16 +82,9 @@ def model_config(name: str) -> ModelConfig:
         raise ValueError(f"model file {name!r} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ValueError(f"model file {name!r} does not parse: {error}.") from None
-    return model_from_dict(values.get("model", values), source=name)
+    return model_from_dict(values.get("model", values) if isinstance(values, dict) else values, source=name)
 
 
-def model_from_dict(values: dict[str, object], *, source: str) -> ModelConfig:
-    """A ModelConfig from plain values, refusing fields that it does not have."""
-    legal = [field.name for field in fields(ModelConfig)]
-    for key in values:
-        if key not in legal:
-            raise ValueError(f"{source}: model field {key!r} is not known. {nearest(key, legal)}")
-    try:
-        return ModelConfig(**values)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise ValueError(f"{source}: a model field has the wrong type: {error}.") from None
+def model_from_dict(values: Any, *, source: str) -> ModelConfig:
+    """A ModelConfig from plain values, refusing fields that it does not have and values of the wrong type."""
+    return ModelConfig(**from_plain(ModelConfig, values, source=f"{source}: model"))

@@ -9,6 +9,9 @@ from gcompute.config.model import ModelConfig
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "adam", "nadamw", "lamb", "sgd")
 REMAT_POLICIES = ("none", "dots", "full")
 PRECISIONS = ("float32", "bfloat16")
+MOST_SEED = 2**32 - 1
+# Indices of tokens within a batch are int32.
+MOST_TOKENS_PER_STEP = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,18 +95,36 @@ class TrainConfig:
             ),
             at_least_zero=("seed", "eval_every", "checkpoint_every"),
         )
+        if self.seed > MOST_SEED:
+            raise ValueError(f"seed must be at most {MOST_SEED}, got {self.seed}.")
         if self.accumulation and self.batch % self.accumulation:
             raise ValueError(f"batch={self.batch} does not divide into accumulation={self.accumulation} microbatches.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Everything that decides the numbers of a run."""
+    """Everything that decides the numbers of a run.
+
+    Raises:
+      ValueError: a sequence is longer than the model's context, or a step has more tokens than int32 counts.
+    """
 
     model: ModelConfig
     optimizer: OptimizerConfig
     train: TrainConfig
     data: DataConfig
+
+    def __post_init__(self) -> None:
+        if self.seq > self.model.context:
+            raise ValueError(
+                f"seq={self.seq} is longer than the model's context={self.model.context}. Use a smaller seq, or a"
+                " larger context."
+            )
+        if self.tokens_per_step > MOST_TOKENS_PER_STEP:
+            raise ValueError(
+                f"batch={self.train.batch} of seq={self.seq} is {self.tokens_per_step} tokens a step, and"
+                f" {MOST_TOKENS_PER_STEP} is the most."
+            )
 
     @property
     def seq(self) -> int:

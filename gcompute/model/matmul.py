@@ -10,7 +10,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+# What a rematerialisation policy calls the results of these products: it cannot see inside a custom gradient.
+MATMUL = "matmul"
 
 
 def accumulator(compute: jnp.dtype) -> jnp.dtype:
@@ -27,13 +31,12 @@ def _dot(spec: str, x: Array, y: Array, compute: jnp.dtype) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(x_BTI: Float[Array, "b t i"], w_IO: Float[Array, "i o"], compute: jnp.dtype) -> Float[Array, "b t o"]:
-    """y = x @ w over the last dim of x."""
+def _linear(x_BTI: Float[Array, "b t i"], w_IO: Float[Array, "i o"], compute: jnp.dtype) -> Float[Array, "b t o"]:
     return _dot("bti,io->bto", x_BTI, w_IO, compute)
 
 
 def _linear_forward(x_BTI: Array, w_IO: Array, compute: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
-    return linear(x_BTI, w_IO, compute), (x_BTI, w_IO)
+    return _linear(x_BTI, w_IO, compute), (x_BTI, w_IO)
 
 
 def _linear_backward(compute: jnp.dtype, saved: tuple[Array, Array], dy_BTO: Array) -> tuple[Array, Array]:
@@ -47,22 +50,18 @@ def _linear_backward(compute: jnp.dtype, saved: tuple[Array, Array], dy_BTO: Arr
     return dx_BTI.astype(x_BTI.dtype), dw_IO.astype(w_IO.dtype)
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear_transposed(
+def _linear_transposed(
     x_BTI: Float[Array, "b t i"], w_OI: Float[Array, "o i"], compute: jnp.dtype
 ) -> Float[Array, "b t o"]:
-    """y = x @ w^T, for weights kept output-major such as a tied embedding; their gradient comes out output-major too.
-
-    Transposing a bfloat16 product instead fails on XLA:CPU at run time ("Unsupported element type for DotThunk").
-    """
     return _dot("bti,oi->bto", x_BTI, w_OI, compute)
 
 
 def _linear_transposed_forward(x_BTI: Array, w_OI: Array, compute: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
-    return linear_transposed(x_BTI, w_OI, compute), (x_BTI, w_OI)
+    return _linear_transposed(x_BTI, w_OI, compute), (x_BTI, w_OI)
 
 
 def _linear_transposed_backward(compute: jnp.dtype, saved: tuple[Array, Array], dy_BTO: Array) -> tuple[Array, Array]:
@@ -72,7 +71,7 @@ def _linear_transposed_backward(compute: jnp.dtype, saved: tuple[Array, Array], 
     return dx_BTI.astype(x_BTI.dtype), dw_OI.astype(w_OI.dtype)
 
 
-linear_transposed.defvjp(_linear_transposed_forward, _linear_transposed_backward)
+_linear_transposed.defvjp(_linear_transposed_forward, _linear_transposed_backward)
 
 
 def _transposed_product(x_BKQS: Array, y_BKQH: Array, compute: jnp.dtype) -> Array:
@@ -85,15 +84,14 @@ def _transposed_product(x_BKQS: Array, y_BKQH: Array, compute: jnp.dtype) -> Arr
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def scores(
+def _scores(
     q_BKQH: Float[Array, "b k q h"], k_BKSH: Float[Array, "b k s h"], compute: jnp.dtype
 ) -> Float[Array, "b k q s"]:
-    """Attention scores q @ k^T for each batch and key/value head."""
     return _dot("bkqh,bksh->bkqs", q_BKQH, k_BKSH, compute)
 
 
 def _scores_forward(q_BKQH: Array, k_BKSH: Array, compute: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
-    return scores(q_BKQH, k_BKSH, compute), (q_BKQH, k_BKSH)
+    return _scores(q_BKQH, k_BKSH, compute), (q_BKQH, k_BKSH)
 
 
 def _scores_backward(compute: jnp.dtype, saved: tuple[Array, Array], ds_BKQS: Array) -> tuple[Array, Array]:
@@ -103,19 +101,18 @@ def _scores_backward(compute: jnp.dtype, saved: tuple[Array, Array], ds_BKQS: Ar
     return dq_BKQH.astype(q_BKQH.dtype), dk_BKSH.astype(k_BKSH.dtype)
 
 
-scores.defvjp(_scores_forward, _scores_backward)
+_scores.defvjp(_scores_forward, _scores_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def weighted_sum(
+def _weighted_sum(
     p_BKQS: Float[Array, "b k q s"], v_BKSH: Float[Array, "b k s h"], compute: jnp.dtype
 ) -> Float[Array, "b k q h"]:
-    """Attention output p @ v for each batch and key/value head."""
     return _dot("bkqs,bksh->bkqh", p_BKQS, v_BKSH, compute)
 
 
 def _weighted_sum_forward(p_BKQS: Array, v_BKSH: Array, compute: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
-    return weighted_sum(p_BKQS, v_BKSH, compute), (p_BKQS, v_BKSH)
+    return _weighted_sum(p_BKQS, v_BKSH, compute), (p_BKQS, v_BKSH)
 
 
 def _weighted_sum_backward(compute: jnp.dtype, saved: tuple[Array, Array], do_BKQH: Array) -> tuple[Array, Array]:
@@ -125,4 +122,33 @@ def _weighted_sum_backward(compute: jnp.dtype, saved: tuple[Array, Array], do_BK
     return dp_BKQS.astype(p_BKQS.dtype), dv_BKSH.astype(v_BKSH.dtype)
 
 
-weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
+_weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)
+
+
+def linear(x_BTI: Float[Array, "b t i"], w_IO: Float[Array, "i o"], compute: jnp.dtype) -> Float[Array, "b t o"]:
+    """y = x @ w over the last dim of x."""
+    return checkpoint_name(_linear(x_BTI, w_IO, compute), MATMUL)
+
+
+def linear_transposed(
+    x_BTI: Float[Array, "b t i"], w_OI: Float[Array, "o i"], compute: jnp.dtype
+) -> Float[Array, "b t o"]:
+    """y = x @ w^T, for weights kept output-major such as a tied embedding; their gradient comes out output-major too.
+
+    Transposing a bfloat16 product instead fails on XLA:CPU at run time ("Unsupported element type for DotThunk").
+    """
+    return checkpoint_name(_linear_transposed(x_BTI, w_OI, compute), MATMUL)
+
+
+def scores(
+    q_BKQH: Float[Array, "b k q h"], k_BKSH: Float[Array, "b k s h"], compute: jnp.dtype
+) -> Float[Array, "b k q s"]:
+    """Attention scores q @ k^T for each batch and key/value head."""
+    return checkpoint_name(_scores(q_BKQH, k_BKSH, compute), MATMUL)
+
+
+def weighted_sum(
+    p_BKQS: Float[Array, "b k q s"], v_BKSH: Float[Array, "b k s h"], compute: jnp.dtype
+) -> Float[Array, "b k q h"]:
+    """Attention output p @ v for each batch and key/value head."""
+    return checkpoint_name(_weighted_sum(p_BKQS, v_BKSH, compute), MATMUL)

@@ -34,6 +34,21 @@ class Pretrained:
     step: int
 
 
+def saved_steps(checkpoints: Path) -> list[int]:
+    """The steps that have a whole checkpoint in the directory `checkpoints`, oldest first."""
+    # One that is still being written, or was when its process died, has a longer name.
+    return sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal()) if checkpoints.is_dir() else []
+
+
+def unreadable(error: Exception) -> str:
+    """What Orbax or TensorStore says of a file, in a few words; they say it in many lines."""
+    text = " ".join(str(error).split())
+    for known in ("No space left on device", "Disk quota exceeded", "File too large", "Permission denied"):
+        if known in text:
+            return known
+    return text[:160] + ("..." if len(text) > 160 else "") or type(error).__name__
+
+
 def locate(path: Path) -> tuple[Path, list[int]]:
     """The run directory that `path` means and the steps to try, newest first.
 
@@ -48,11 +63,10 @@ def locate(path: Path) -> tuple[Path, list[int]]:
     if path.name.isdecimal() and path.parent.name == CHECKPOINTS:
         return path.parent.parent, [int(path.name)]
     run = path.parent if path.name == CHECKPOINTS else path
-    checkpoints = run / CHECKPOINTS
-    steps = [int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal()] if checkpoints.is_dir() else []
+    steps = saved_steps(run / CHECKPOINTS)
     if not steps:
         raise ValueError(f"{path} holds no checkpoint. Give the --out directory of a `gcompute train` run.")
-    return run, sorted(steps, reverse=True)
+    return run, steps[::-1]
 
 
 def load(path: str | Path, *, notice: Callable[[str], None] = lambda text: None) -> Pretrained:
@@ -67,12 +81,12 @@ def load(path: str | Path, *, notice: Callable[[str], None] = lambda text: None)
     if not tokenizer_path.is_file():
         raise ValueError(f"{run} has no {TOKENIZER}: copy the one that the model was trained with there.")
     tokenizer = Tokenizer.load(tokenizer_path)
+    here = SingleDeviceSharding(jax.local_devices()[0])
     for step in steps:
         directory = run / CHECKPOINTS / str(step)
         try:
             meta = json.loads((directory / META / "metadata").read_text(encoding="utf-8"))
-            config = model_from_dict(meta["model"], source=f"checkpoint {directory}")
-            here = SingleDeviceSharding(jax.local_devices()[0])
+            config, trained_with = model_from_dict(meta["model"], source=f"checkpoint {directory}"), meta["tokenizer"]
             target = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract_params(config)
             )
@@ -80,10 +94,9 @@ def load(path: str | Path, *, notice: Callable[[str], None] = lambda text: None)
                 params = checkpointer.restore(directory / PARAMS, target)
         # Orbax and TensorStore raise many kinds for a damaged file: each means that this checkpoint is unusable.
         except Exception as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            notice(f"checkpoint {directory} cannot be read ({reason}); trying the one before it.")
+            notice(f"checkpoint {directory} cannot be read ({unreadable(error)}); trying the one before it.")
             continue
-        if meta["tokenizer"] != tokenizer.fingerprint:
+        if trained_with != tokenizer.fingerprint:
             raise ValueError(
                 f"{tokenizer_path} is not the tokenizer that checkpoint {step} was trained with (vocabulary"
                 f" {tokenizer.vocab_size}, the model's {config.vocab}). Put the original file back."

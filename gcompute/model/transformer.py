@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from gcompute.config.model import ModelConfig
 from gcompute.model.attention import Attention
 from gcompute.model.kv_cache import KVCache
-from gcompute.model.layers import FeedForward, constant, make_norm, matrix, rotary_table
-from gcompute.model.matmul import accumulator, linear, linear_transposed
+from gcompute.model.layers import FeedForward, make_norm, matrix, rotary_table
+from gcompute.model.matmul import MATMUL, accumulator, linear, linear_transposed
 
 Params = dict[str, Any]
 
@@ -71,6 +71,7 @@ class Transformer(nnx.Module):
         self.embedding_VD = matrix("VD", (config.vocab, config.dim), rngs)
         learned = config.positions == "learned"
         self.positions_TD = matrix("TD", (config.context, config.dim), rngs) if learned else None
+        self.blocks: Any
         if stacked:
             keys = jax.random.split(rngs.params(), config.layers)
             self.blocks = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
@@ -97,9 +98,7 @@ class Transformer(nnx.Module):
         x_BTD = x_BTD.astype(execution.residual)
         rotary = None
         if config.positions == "rope":
-            rotary = rotary_table(
-                positions_BT, config.head_size, config.rope_theta, accumulator(execution.compute)
-            )
+            rotary = rotary_table(positions_BT, config.head_size, config.rope_theta, accumulator(execution.compute))
         if isinstance(self.blocks, nnx.List):
             x_BTD, cache = self._loop(x_BTD, execution, positions_BT, rotary, cache)
         elif cache is None:
@@ -147,7 +146,7 @@ def _run_block(graphdef: nnx.GraphDef, execution: Execution) -> Any:
     if execution.remat == "full":
         return jax.checkpoint(run)
     if execution.remat == "dots":
-        return jax.checkpoint(run, policy=jax.checkpoint_policies.dots_saveable)
+        return jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(MATMUL))
     return run
 
 
@@ -171,11 +170,11 @@ def abstract_params(config: ModelConfig) -> Params:
 def param_dims(config: ModelConfig) -> Params:
     """The tree of `init` with each array's dims as letters: "LDNH", "VD", ..."""
 
-    def dims(path: tuple[Any, ...], variable: nnx.Variable) -> str:
+    def dims(path: Any, variable: Any) -> str:
         own = variable.get_metadata()["dims"]
         return "L" + own if path[0] == "blocks" else own
 
-    flat = {path: dims(path, variable) for path, variable in nnx.to_flat_state(_split(config, True)[1])}
+    flat: dict[Any, str] = {path: dims(path, variable) for path, variable in nnx.to_flat_state(_split(config, True)[1])}
     nested: Params = {}
     for path, value in flat.items():
         node = nested

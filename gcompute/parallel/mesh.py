@@ -32,4 +32,3 @@ def build_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) ->
     sizes = tuple(shape.size(axis) for axis in Axis)
     names = tuple(axis.value for axis in Axis)
     return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=used)
-

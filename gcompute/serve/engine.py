@@ -12,8 +12,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from typing import Any, Self
 
@@ -29,36 +27,10 @@ from gcompute.serve import programs
 from gcompute.serve.programs import NO_TOKEN, EngineShape, Program
 from gcompute.serve.request import NotReady, QueueFull, Request, RequestError, Sampling, check_fits
 from gcompute.serve.scheduler import Decode, Prefill, Scheduler
+from gcompute.serve.stats import EngineStats, Status
 from gcompute.serve.stream import Completion, EventStream, Finished, Output, Reason
 
 log = logging.getLogger(__name__)
-
-
-class Status(StrEnum):
-    """LOADING: programs are being compiled. DRAINING: accepted requests finish, and no more are taken."""
-
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    CLOSED = "closed"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """What the engine is doing, and what it has done since it was made. Cells count tokens' keys and values."""
-
-    status: Status
-    slots: int
-    num_running: int
-    num_waiting: int
-    num_cells: int
-    num_cells_used: int
-    num_programs: int
-    num_dispatches: int
-    num_decode_steps: int
-    num_prompt_tokens: int
-    num_output_tokens: int
 
 
 class Engine:

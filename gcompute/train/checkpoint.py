@@ -5,8 +5,11 @@ the data position (which is s itself: the batches are a function of seed and ste
 name only when it is whole; what a crash left half-written is swept away on the next start.
 """
 
+import itertools
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,8 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from gcompute.model.pretrained import META, OPTIMIZER, PARAMS
+from gcompute.model.pretrained import META, OPTIMIZER, PARAMS, saved_steps, unreadable
 from gcompute.train.step import TrainState
 
 
@@ -24,14 +28,12 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int, create: bool = True):
         """Raises ValueError when the directory cannot be made or written."""
-        # Orbax logs every save at WARNING through absl when it is not initialised; its errors still arrive as exceptions.
+        # Orbax logs every save at WARNING where absl is not initialised; its errors still arrive as exceptions.
         logging.getLogger("absl").setLevel(logging.ERROR)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, cleanup_tmp_directories=True)
         self.directory = directory.absolute()
         try:
-            self._manager = ocp.CheckpointManager(
-                self.directory, item_names=(PARAMS, OPTIMIZER, META), options=options
-            )
+            self._manager = ocp.CheckpointManager(self.directory, item_names=(PARAMS, OPTIMIZER, META), options=options)
         except OSError as error:
             raise ValueError(f"checkpoint directory {directory} cannot be used: {error.strerror or error}.") from None
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -42,7 +44,13 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        if error is None:
+            with self._told():
+                self._manager.close()
+        else:
+            # What ended the run is the news; a save that fails now leaves the checkpoints before it as they were.
+            with suppress(Exception):
+                self._manager.close()
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
@@ -56,33 +64,52 @@ class Checkpoints:
         """
         # On CPU Orbax would write from the very buffers that the next step is about to reuse.
         copied = self._copy((state.params, state.optimizer))
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                **{
-                    PARAMS: ocp.args.StandardSave(copied[0]),
-                    OPTIMIZER: ocp.args.StandardSave(copied[1]),
-                    META: ocp.args.JsonSave({**meta, "step": int(state.step)}),
-                }
-            ),
-        )
+        with self._told():
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(
+                    **{
+                        PARAMS: ocp.args.StandardSave(copied[0]),
+                        OPTIMIZER: ocp.args.StandardSave(copied[1]),
+                        META: ocp.args.JsonSave({**meta, "step": int(state.step)}),
+                    }
+                ),
+            )
 
     def wait(self) -> None:
-        """Block until the save under way is on disk; raises what went wrong with it."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Block until the save under way is on disk.
 
-    def restore(
-        self, abstract: TrainState, notice: Callable[[str], None]
-    ) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, on the shardings of `abstract`, and its meta; None when there is none.
+        Raises:
+          OSError: it could not be written.
+        """
+        with self._told():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
-        A damaged checkpoint is reported through `notice`, deleted, and the one before it is tried.
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say in one line what Orbax and TensorStore say in many, of many kinds."""
+        try:
+            yield
+        except Exception as error:
+            whole = saved_steps(self.directory)
+            stands = f"Checkpoint {whole[-1]} stands" if whole else "There is no other"
+            raise OSError(
+                f"a checkpoint in {self.directory} could not be written ({unreadable(error)}). {stands}: make room"
+                " there, then go on with --resume."
+            ) from None
+
+    def restore(self, abstract: TrainState, notice: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, on the shardings of `abstract`, and its meta; None without one.
+
+        A damaged checkpoint is reported through `notice`, and the one before it is tried. Where that can be read, the
+        damaged ones are set aside as STEP.damaged, so that the run can save those steps again.
 
         Raises:
           ValueError: there are checkpoints and none can be read.
         """
         found = list(reversed(self.steps()))
+        reason = ""
         for step in found:
             try:
                 restored = self._manager.restore(
@@ -97,26 +124,26 @@ class Checkpoints:
                 )
             # Orbax and TensorStore raise many kinds for a damaged file: each means that this checkpoint is unusable.
             except Exception as error:
-                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+                reason = unreadable(error)
                 notice(f"checkpoint {step} in {self.directory} cannot be read ({reason}); trying the one before it.")
                 continue
-            for damaged in [s for s in found if s > step]:
-                self._manager.delete(damaged)
+            self._set_aside([damaged for damaged in found if damaged > step])
             state = TrainState(jnp.asarray(step, jnp.int32), restored[PARAMS], restored[OPTIMIZER])
             return state, dict(restored[META])
         if found:
             raise ValueError(
-                f"none of the {len(found)} checkpoints in {self.directory} can be read. Restore them from a copy, or"
-                " start again in another --out."
+                f"none of the {len(found)} checkpoints in {self.directory} can be read ({reason}). Restore them from a"
+                " copy, or start again in another --out."
             )
         return None
 
-    def read_meta(self) -> dict[str, Any] | None:
-        """The JSON of the newest checkpoint whose JSON can be read; None when there is none."""
-        for step in reversed(self.steps()):
-            try:
-                args = ocp.args.Composite(**{META: ocp.args.JsonRestore()})
-                return dict(self._manager.restore(step, args=args)[META])
-            except Exception:  # as in restore: a damaged file, whose checkpoint restore() will report
-                continue
-        return None
+    def _set_aside(self, damaged: list[int]) -> None:
+        if not damaged:
+            return
+        if jax.process_index() == 0:
+            for step in damaged:
+                names = (f"{step}.damaged{n or ''}" for n in itertools.count())
+                free = next(self.directory / name for name in names if not (self.directory / name).exists())
+                os.replace(self.directory / str(step), free)
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()

@@ -27,7 +27,8 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, *, title: str, baselines: 
     from matplotlib.figure import Figure
 
     train = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train" and math.isfinite(row["loss"])]
-    val = [(row["step"], row["loss"]) for row in rows if row["kind"] == "eval"]
+    val = [(row["step"], row["loss"]) for row in rows if row["kind"] == "eval" and not row["whole"]]
+    whole = [(row["step"], row["loss"]) for row in rows if row["kind"] == "eval" and row["whole"]]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     if train:
@@ -35,22 +36,19 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, *, title: str, baselines: 
         axes.plot(steps, losses, color=TRAIN_COLOUR, alpha=0.25, linewidth=1)
         axes.plot(steps, smoothed(list(losses), 0.95), color=TRAIN_COLOUR, linewidth=1.8, label="training (smoothed)")
     if val:
-        axes.plot(*zip(*val, strict=True), color=VAL_COLOUR, marker="o", markersize=4, label="validation")
-        axes.annotate(
-            f"{val[-1][1]:.3f}",
-            val[-1],
-            textcoords="offset points",
-            xytext=(0, 8),
-            ha="right",
-            color=VAL_COLOUR,
-            fontweight="bold",
-        )
+        axes.plot(*zip(*val, strict=True), color=VAL_COLOUR, marker="o", markersize=4, label="validation, a sample")
+    if whole:
+        step, loss = whole[-1]
+        axes.plot(step, loss, color=VAL_COLOUR, marker="*", markersize=11, linestyle="", label="validation, all of it")
+        place = {"textcoords": "offset points", "xytext": (0, 9), "ha": "right"}
+        axes.annotate(f"{loss:.3f}", (step, loss), color=VAL_COLOUR, fontweight="bold", **place)
+    right = axes.get_yaxis_transform()
     for name, loss in (baselines or {}).items():
         axes.axhline(loss, color=BASELINE_COLOUR, linestyle="--", linewidth=1)
-        axes.text(0.99, loss, f"{name} {loss:.2f} ", transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=BASELINE_COLOUR)
+        axes.text(0.99, loss, f"{name} {loss:.2f} ", transform=right, ha="right", va="bottom", color=BASELINE_COLOUR)
     axes.set(xlabel="step", ylabel="loss, nats a token", title=title)
     axes.grid(alpha=0.25)
-    if train or val:
+    if train or val or whole:
         axes.legend(frameon=False)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     figure.savefig(temporary, format="png")

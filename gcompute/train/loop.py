@@ -102,9 +102,7 @@ def build_programs(run: RunConfig) -> Programs:
     abstract = abstract_params(run.model)
     placed = param_shardings(param_dims(run.model), mesh, shape)
     abstract_state = jax.eval_shape(initial, jax.random.key(0))
-    shardings = TrainState(
-        replicated, placed, state_shardings(abstract_state.optimizer, abstract, placed, mesh)
-    )
+    shardings = TrainState(replicated, placed, state_shardings(abstract_state.optimizer, abstract, placed, mesh))
     abstract_state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_state,
@@ -138,7 +136,7 @@ def build_programs(run: RunConfig) -> Programs:
     )
 
 
-def place(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def place(rows: np.ndarray, sharding: Any) -> jax.Array:
     """A host array on the devices; in a job of several processes each one holds the rows of its own devices."""
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
@@ -190,7 +188,9 @@ def train(
     rates: list[float] = []
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(out / CHECKPOINTS, keep=train_config.keep))
-        restored = checkpoints.restore(programs.abstract_state, lambda text: report(Notice(text=text))) if resume else None
+        restored = (
+            checkpoints.restore(programs.abstract_state, lambda text: report(Notice(text=text))) if resume else None
+        )
         state = restored[0] if restored else programs.init(jax.random.key(train_config.seed))
         state = dataclasses.replace(state, step=place(np.asarray(state.step), programs.abstract_state.step.sharding))
         step = int(state.step)
@@ -243,7 +243,7 @@ def train(
                             "step": step + i + 1,
                             "loss": losses[i],
                             "gradient_norm": float(metrics.gradient_norm[i]),
-                            "learning_rate": float(schedule(step + i)),
+                            "learning_rate": float(np.asarray(schedule(step + i))),
                             "step_s": (now - started) / num,
                         }
                         for i in range(num)
@@ -254,8 +254,8 @@ def train(
             if not all(map(math.isfinite, losses)):
                 bad = step - num + 1 + next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
                 raise FloatingPointError(
-                    f"the loss at step {bad} is not finite. Resume from the last checkpoint with a lower --learning-rate"
-                    " or a smaller --clip."
+                    f"the loss at step {bad} is not finite. Resume from the last checkpoint with a lower"
+                    " --learning-rate or a smaller --clip."
                 )
             step_s = median(rates[-20:]) if rates else (now - started) / num
             report(_progress(step, steps, train_loss, step_s, run.tokens_per_step, flops, peak_flops_per_s))

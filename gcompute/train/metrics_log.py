@@ -2,33 +2,44 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last line torn by a crash is left out."""
+    """All whole lines; a last line torn by a crash is left out, and so is what is not a row of metrics."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row:
+            rows.append(row)
     return rows
 
 
 class MetricsLog:
-    """Appends rows to `path`, after dropping those beyond `last_step`."""
+    """Appends rows to `path`, after dropping those beyond `last_step`. last: the newest row kept, by kind."""
 
     def __init__(self, path: Path, *, last_step: int):
+        """Raises OSError when the file cannot be written."""
+        self.path = path
         kept = [row for row in read_metrics(path) if row["step"] <= last_step]
+        self.last = {row["kind"]: row for row in kept}
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(temporary, path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise self._unwritable(error) from None
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -36,9 +47,21 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        # Closing tries once more to write what could not be written before, which has been reported.
+        with suppress(OSError):
+            self._file.close()
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows and hand them to the operating system at once."""
-        self._file.write("".join(json.dumps(row) + "\n" for row in rows))
-        self._file.flush()
+        """Append rows and hand them to the operating system at once.
+
+        Raises:
+          OSError: they could not be written.
+        """
+        try:
+            self._file.write("".join(json.dumps(row) + "\n" for row in rows))
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> OSError:
+        return OSError(f"{self.path} cannot be written: {error.strerror}. Make room there, then go on with --resume.")

@@ -12,12 +12,18 @@ from gcompute.model.transformer import Execution
 CACHE_BYTES = 4 * 2**20
 # Below this many tokens a matmul has too few rows to run at full speed.
 LEAST_TOKENS = 512
+# Compile time grows with every layer that is written out.
+MOST_UNROLLED = 32
 
 
 def resolve_execution(run: RunConfig, backend: str) -> Execution:
-    """How the model runs on `backend`: without a scan over layers on CPU, with one elsewhere, unless configured."""
+    """How the model runs on `backend`: without a scan over layers on CPU, with one elsewhere, unless configured.
+
+    Rematerialisation keeps the scan on CPU too: without its loop XLA:CPU merges what is computed twice.
+    """
     layers = run.model.layers
-    unroll = run.train.unroll or (layers if backend == "cpu" and layers <= 32 else 1)
+    unrolled = backend == "cpu" and layers <= MOST_UNROLLED and run.train.remat == "none"
+    unroll = run.train.unroll or (layers if unrolled else 1)
     return Execution(
         compute=jnp.dtype(run.train.precision),
         residual=jnp.dtype(run.train.residual),

@@ -17,20 +17,20 @@ from gcompute.model.transformer import Execution, Params, forward, stack, unstac
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes. step: int32, optimizer steps done."""
+    """All that a step changes, or a shape or sharding for each of it. step: int32, optimizer steps done."""
 
-    step: Int[Array, ""]
-    params: Params
+    step: Any
+    params: Any
     optimizer: Any
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepMetrics:
-    """One value a step: loss in nats a token, global norm of the gradient before clipping."""
+    """[n], one value a step: loss in nats a token, global norm of the gradient before clipping."""
 
-    loss: Float[Array, "n"]
-    gradient_norm: Float[Array, "n"]
+    loss: Any
+    gradient_norm: Any
 
 
 def token_losses(logits_BTV: Float[Array, "b t v"], targets_BT: Int[Array, "b t"]) -> Float[Array, "b t"]:

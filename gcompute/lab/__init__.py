@@ -1,0 +1,1 @@
+"""The labs: predictions committed before the measurement, what came of them, pictures."""

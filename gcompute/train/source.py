@@ -1,0 +1,198 @@
+"""Where training text comes from: the files that `data` names, how each is read, and their split in two."""
+
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+import tokenize
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from gcompute.config.fields import nearest
+
+EDGE_BYTES = 1 << 16
+
+LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__"})
+
+Progress = Callable[[str, int, int], None]  # what is being done, files or bytes done, files or bytes in all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The files that a corpus is read from, and a fingerprint that changes when they do."""
+
+    name: str
+    paths: dict[str, Path]  # by name: the path relative to the root, with slashes
+    read: Callable[[Path], str | None]  # None: not text
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One text, read when it is needed."""
+
+    name: str
+    num_bytes: int
+    read: Callable[[], str | None]
+
+    def text(self) -> str:
+        text = self.read()
+        if text is None:
+            raise ValueError(f"data file {self.name!r} changed while it was read. Start again.")
+        return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Documents:
+    """A corpus split in two. One file is cut near its end; several are dealt out whole and get an end of text each."""
+
+    train: tuple[Document, ...]
+    val: tuple[Document, ...]
+    separated: bool
+    num_skipped: int
+
+
+def find_source(data: str) -> Source:
+    """The files that `data` names: stdlib, a text file, or a directory, without what is hidden or installed in it.
+
+    Raises:
+      ValueError: there is no such file or directory, or nothing in it.
+    """
+    if data == "stdlib":
+        return stdlib_source(Path(sysconfig.get_path("stdlib")))
+    path = Path(data)
+    try:
+        if path.is_dir():
+            paths = _walk(path)
+            stats = {name: file.stat() for name, file in paths.items()}
+            listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
+            if not paths:
+                raise ValueError(f"data directory {data!r} holds no files. Give one with text files, or stdlib.")
+            return Source(name=data, paths=paths, read=_utf8_or_none, fingerprint=digest("directory", listing))
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(
+            f"data {data!r} cannot be read: {error.strerror}. Give stdlib, a text file or a directory of text files. "
+            + nearest(data, ("stdlib",))
+        ) from None
+    return Source(name=data, paths={path.name: path}, read=_utf8, fingerprint=digest("file", content))
+
+
+def stdlib_source(root: Path) -> Source:
+    """The Python source files under `root`, a standard library, without installed packages.
+
+    Raises:
+      ValueError: there are none, as where Python runs from a zip file.
+    """
+    paths = {name: path for name, path in _walk(root).items() if name.endswith(".py")}
+    if not paths:
+        raise ValueError(f"this Python has no source text in {str(root)!r}. Give a text file or a directory instead.")
+    sizes = [(name, path.stat().st_size) for name, path in paths.items()]
+    return Source(name="stdlib", paths=paths, read=_python, fingerprint=digest("stdlib", sys.version, sizes))
+
+
+def split_documents(source: Source, val_fraction: float, progress: Progress) -> Documents:
+    """Both splits of the text of `source`.
+
+    One text: its first int(n * (1 - val_fraction)) characters train, the rest validates. Several: a file validates
+    where the hash of its name is below val_fraction, so that adding one moves no other; neither split is left empty.
+
+    Raises:
+      ValueError: no file holds text.
+    """
+    files = []
+    num_skipped = 0
+    for index, (name, path) in enumerate(source.paths.items()):
+        progress("reading", index, len(source.paths))
+        text = source.read(path)
+        if text is None:
+            num_skipped += 1
+        elif text:
+            files.append(Document(name=name, num_bytes=len(text.encode()), read=partial(source.read, path)))
+    progress("reading", len(source.paths), len(source.paths))
+    if not files:
+        what = f"holds no text: {num_skipped} files are binary, the rest empty" if num_skipped else "is empty"
+        raise ValueError(f"data {source.name!r} {what}. Give a file with text in it, a directory of them, or stdlib.")
+    if len(files) == 1:
+        text = files[0].text()
+        end = int(len(text) * (1 - val_fraction))
+        halves = [
+            Document(name=files[0].name, num_bytes=len(half.encode()), read=partial(str, half))
+            for half in (text[:end], text[end:])
+        ]
+        return Documents(train=(halves[0],), val=(halves[1],), separated=False, num_skipped=num_skipped)
+    shares = {file.name: _share(file.name) for file in files}
+    lowest, *_, highest = sorted(shares.values())
+    threshold = min(max(val_fraction, np.nextafter(lowest, 1)), highest)
+    return Documents(
+        train=tuple(file for file in files if shares[file.name] >= threshold),
+        val=tuple(file for file in files if shares[file.name] < threshold),
+        separated=True,
+        num_skipped=num_skipped,
+    )
+
+
+def _walk(root: Path) -> dict[str, Path]:
+    """Every file under `root` by its relative name, in sorted order."""
+    found = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT and not name.startswith(".")]
+        for name in names:
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file():
+                found[path.relative_to(root).as_posix()] = path
+    return dict(sorted(found.items()))
+
+
+def _share(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:6], "big") / 2**48
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def edges(path: Path) -> str:
+    """SHA-256 of a file's first and last 64 KiB: enough to tell other tokens, at no cost for large files."""
+    with path.open("rb") as file:
+        start = file.read(EDGE_BYTES)
+        file.seek(max(0, path.stat().st_size - EDGE_BYTES))
+        return hashlib.sha256(start + file.read(EDGE_BYTES)).hexdigest()
+
+
+def _python(path: Path) -> str | None:
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return None  # the tests of the standard library hold files that are wrong on purpose
+
+
+def _utf8(path: Path) -> str:
+    content = path.read_bytes()
+    bad = content.find(0)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        bad = error.start if bad < 0 else min(bad, error.start)
+        text = ""
+    if bad >= 0:
+        raise ValueError(
+            f"data file {str(path)!r} is not UTF-8 text: byte 0x{content[bad]:02X} at offset {bad}. "
+            "Convert it to UTF-8, or give another file."
+        )
+    return text
+
+
+def _utf8_or_none(path: Path) -> str | None:
+    try:
+        return _utf8(path)
+    except ValueError:
+        return None
