@@ -85,7 +85,7 @@ def main(args: list[str] | None = None) -> Any:
     try:
         status = cli(args=args, prog_name="gcompute", standalone_mode=False)
         raise SystemExit(status if isinstance(status, int) else 0)
-    except (click.ClickException, ValueError, OSError, FloatingPointError) as error:
+    except (click.ClickException, ValueError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get("GCOMPUTE_TRACEBACK"):
             raise
         fail(_one_line(error))
@@ -100,4 +100,6 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}."
+    if isinstance(error, MemoryError) and not str(error):
+        return "the memory is not enough. Use a smaller model or batch."
     return str(error) or type(error).__name__

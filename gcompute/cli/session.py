@@ -3,9 +3,9 @@
 import dataclasses
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,20 @@ from rich.console import Console
 from rich.table import Table
 
 from gcompute.cli.progress import TrainProgress, WorkProgress, duration
+from gcompute.cli.run_directory import RUN, check_outside, make_directory, only_writer, write_atomically
 from gcompute.config.train import RunConfig
 from gcompute.measure.machine import Machine, look
 from gcompute.measure.profile import device_memory
 from gcompute.measure.roofline import MeasuredRoofline, load_or_measure
-from gcompute.model.pretrained import TOKENIZER
+from gcompute.model.pretrained import CHECKPOINTS, TOKENIZER, saved_steps
 from gcompute.plan.memory import TrainMemory, train_memory
 from gcompute.plan.train_step import StepPrediction, predict_train_step
 from gcompute.train.corpus import TokenizedCorpus, prepare
 from gcompute.train.curve import plot_loss
-from gcompute.train.loop import METRICS, TrainResult, train
+from gcompute.train.events import Event, Started
+from gcompute.train.loop import METRICS, TrainResult, open_data, train
 from gcompute.train.metrics_log import read_metrics
+from gcompute.train.programs import resolve_mesh
 from gcompute.train.resolve import default_mesh, resolve_accumulation
 
 CURVE = "loss.png"
@@ -130,28 +133,6 @@ def show_prediction(prediction: Prediction, run: RunConfig, console: Console) ->
     console.print(table)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is whole or absent."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def make_directory(out: Path) -> None:
-    """Create a run directory and see that it can be written.
-
-    Raises:
-      ValueError: it cannot be created or written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".write-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}. Choose another directory.") from None
-
-
 def with_vocabulary(run: RunConfig, corpus: TokenizedCorpus, *, given: bool) -> RunConfig:
     """The run with the tokenizer's vocabulary size, or the one given where it is large enough."""
     size = corpus.tokenizer.vocab_size
@@ -177,37 +158,59 @@ def train_session(
     started: float,
 ) -> Session:
     """Prepare, predict, train. `started`: when the command began, in seconds since the epoch."""
+    import jax
+
+    first = jax.process_index() == 0
     make_directory(out)
-    with WorkProgress(console) as progress:
-        corpus = prepare(run.data, corpus_directory(cache, run), progress=progress)
-    run = with_vocabulary(run, corpus, given=vocab_given)
-    tokenizer_path = out / TOKENIZER
-    if not resume:
-        corpus.tokenizer.save(tokenizer_path)
-        write_atomically(out / "run.json", json.dumps(run.to_dict(), indent=2) + "\n")
-    elif tokenizer_path.is_file():
-        _check_same_tokenizer(tokenizer_path, corpus)
-    console.print(
-        f"{len(corpus.train):,} training and {len(corpus.val):,} validation tokens,"
-        f" vocabulary {corpus.tokenizer.vocab_size:,}"
-    )
-    roofline = measured_roofline(cache, console)
-    machine = look()
-    prediction = predict(run, roofline)
-    show_prediction(prediction, run, console)
-    before = time.time() - started
-    with TrainProgress(console, log_every=run.train.log_every) as report:
-        result = train(
-            run,
-            corpus,
-            out=out,
-            resume=resume,
-            peak_flops_per_s=roofline.matmul_flops_per_s[run.train.precision] * _roofline_devices(run),
-            profile=profile,
-            report=report,
-            stopped=stopped,
+    for directory, what in ((out, "--out"), (cache, "the cache")):
+        check_outside(directory, what, run.data.data)
+    with only_writer(out) if first else nullcontext():
+        with one_process_first(), WorkProgress(console) as progress:
+            corpus = prepare(run.data, corpus_directory(cache, run), progress=progress)
+        run = with_vocabulary(run, corpus, given=vocab_given)
+        # What does not go together is refused before anything of the run is written.
+        resolve_mesh(run)
+        open_data(run, corpus)
+        tokenizer_path = out / TOKENIZER
+        if resume and tokenizer_path.is_file():
+            _check_same_tokenizer(tokenizer_path, corpus)
+        elif first:
+            corpus.tokenizer.save(tokenizer_path)
+        if first and not resume:
+            write_atomically(out / RUN, _run_json(run))
+        if resume and not saved_steps(out / CHECKPOINTS):
+            console.print(f"notice: {out} has no whole checkpoint yet: the run begins at step 0")
+        console.print(
+            f"{len(corpus.train):,} training and {len(corpus.val):,} validation tokens,"
+            f" vocabulary {corpus.tokenizer.vocab_size:,}"
         )
-    plot_loss(read_metrics(out / METRICS), out / CURVE, title=f"{out.name}: {prediction.num_params:,} parameters")
+        with one_process_first():
+            roofline = measured_roofline(cache, console)
+        machine = look()
+        prediction = predict(run, roofline)
+        show_prediction(prediction, run, console)
+        before = time.time() - started
+        with TrainProgress(console, log_every=run.train.log_every) as show:
+
+            def report(event: Event) -> None:
+                # Only now is it certain that the run goes on with what it was given anew, such as more steps.
+                if isinstance(event, Started) and first and resume:
+                    write_atomically(out / RUN, _run_json(run))
+                show(event)
+
+            result = train(
+                run,
+                corpus,
+                out=out,
+                resume=resume,
+                peak_flops_per_s=roofline.matmul_flops_per_s[run.train.precision] * _roofline_devices(run),
+                profile=profile,
+                report=report,
+                stopped=stopped,
+            )
+        if first:
+            title = f"{out.name}: {prediction.num_params:,} parameters"
+            plot_loss(read_metrics(out / METRICS), out / CURVE, title=title)
     session = Session(
         run=run,
         out=out,
@@ -221,6 +224,23 @@ def train_session(
     )
     show_result(session, console)
     return session
+
+
+@contextmanager
+def one_process_first() -> Iterator[None]:
+    """In a job of several processes, the first does this before the others, which then find what it kept."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_index():
+        multihost_utils.sync_global_devices("the first process is done")
+    yield
+    if not jax.process_index():
+        multihost_utils.sync_global_devices("the first process is done")
+
+
+def _run_json(run: RunConfig) -> str:
+    return json.dumps(run.to_dict(), indent=2) + "\n"
 
 
 def _check_same_tokenizer(path: Path, corpus: TokenizedCorpus) -> None:

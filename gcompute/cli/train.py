@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +14,20 @@ from typing import Any
 import click
 
 from gcompute.cli.environment import cache_directory, quiet_backends, restart_fast, use_compilation_cache
-from gcompute.cli.flags import SectionedCommand, config_options, from_plain, given, read_toml
+from gcompute.cli.flags import SectionedCommand, config_options, given, read_toml
+from gcompute.cli.main import INTERRUPTED
+from gcompute.cli.run_directory import RUN, SECTIONS, stored_run
+from gcompute.cli.run_directory import run_from_plain as run_from_plain
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_config
 from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 
 PATH = click.Path(path_type=Path)
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "optimizer": OptimizerConfig,
-    "train": TrainConfig,
-    "data": DataConfig,
-}
-# What a resumed run may be given anew: nothing of this changes what the steps already done would have been.
+# What a resumed run may be given anew: nothing of this changes the steps already done, and the same steps follow. Two
+# exceptions that are asked for: other `steps` move the end of the schedule, another `mesh` adds in another order.
 RESUMABLE = {"steps", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps", "mesh"}
+# The tokens are compared with those that the run began with, so the text may have moved.
+RESUMABLE |= {"data"}
 
 
 class TrainCommand(SectionedCommand):
@@ -70,15 +72,19 @@ def command(
     restart_fast(fast)
     quiet_backends()
     settings = read_toml(config_file, SECTIONS) if config_file else {}
-    stored = _stored_config(out) if resume else None
-    if resume and stored is None:
-        raise ValueError(f"--resume: {out} holds no checkpoint to go on from. Check --out, or leave --resume away.")
-    if not resume and any((out / "checkpoints").glob("[0-9]*")):
-        raise ValueError(f"{out} already holds a run. Go on with --resume, or choose another --out.")
-    if stored is not None:
-        run = _resumed_config(stored, settings, values, model_name)
+    from gcompute.model.pretrained import CHECKPOINTS, saved_steps
+
+    if resume:
+        stored = stored_run(out)
+        if stored is None:
+            raise ValueError(f"--resume: {out} holds no run to go on with. Check --out, or leave --resume away.")
+        if stored[1]:
+            print(f"notice: {stored[1]}", file=sys.stderr)
+        run = _resumed_config(stored[0], settings, values, model_name)
         execute(run, out=out, resume=True, profile=profile, as_json=as_json, started=started, vocab_given=True)
         return
+    if saved_steps(out / CHECKPOINTS):
+        raise ValueError(f"{out} already holds a run. Go on with --resume, or choose another --out.")
     model = model_config(model_name or "demo")
     chosen = {**settings.get("model", {}), **given(ModelConfig, values)}
     run = RunConfig(
@@ -92,34 +98,15 @@ def command(
     )
 
 
-def _stored_config(out: Path) -> dict[str, Any] | None:
-    path = out / "run.json"
-    if not path.is_file() or not any((out / "checkpoints").glob("[0-9]*")):
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Copy it back, or start again in another --out.") from None
-
-
-def run_from_plain(values: dict[str, Any], *, source: str) -> RunConfig:
-    """A RunConfig from what `RunConfig.to_dict` gave."""
-    parts = {
-        name: kind(**from_plain(kind, values[name], source=f"{source} [{name}]")) for name, kind in SECTIONS.items()
-    }
-    return RunConfig(**parts)
-
-
 def _resumed_config(
-    stored: dict[str, Any], settings: dict[str, dict[str, Any]], values: dict[str, Any], model_name: str | None
+    run: RunConfig, settings: dict[str, dict[str, Any]], values: dict[str, Any], model_name: str | None
 ) -> RunConfig:
     """The stored configuration with what may change replaced; a flag that contradicts it is an error."""
-    run = run_from_plain(stored, source="run.json")
-    if model_name is not None:
-        raise ValueError("--resume takes the model from the checkpoint: leave --model away.")
-    changes: dict[str, Any] = {}
+    if model_name is not None and model_config(model_name) != run.model:
+        raise ValueError("--resume takes the model from the run: leave --model away, or start another --out.")
+    parts: dict[str, Any] = {}
     for section, kind in SECTIONS.items():
-        current = getattr(run, section)
+        current, changes = getattr(run, section), {}
         for name, value in {**settings.get(section, {}), **given(kind, values)}.items():
             if value == getattr(current, name):
                 continue
@@ -129,22 +116,37 @@ def _resumed_config(
                     " Leave it away, or start another --out."
                 )
             changes[name] = value
-    return dataclasses.replace(run, train=dataclasses.replace(run.train, **changes))
+        parts[section] = dataclasses.replace(current, **changes)
+    return RunConfig(**parts)
+
+
+class StopRequest:
+    """What Ctrl-C and SIGTERM ask for. True once one came while the training loop was there to see it.
+
+    The loop asks between dispatches. Before it asks for the first time there is no step to save, so a signal interrupts
+    at once, as a second one does at any time.
+    """
+
+    def __init__(self) -> None:
+        self.watched = self.asked = False
+
+    def __bool__(self) -> bool:
+        self.watched = True
+        return self.asked
+
+    def ask(self, number: int, frame: Any) -> None:
+        if self.asked or not self.watched:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[list[bool]]:
-    """A flag that the first Ctrl-C (or SIGTERM) raises; the second interrupts at once."""
-    asked: list[bool] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(True)
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+def stop_on_interrupt() -> Iterator[StopRequest]:
+    """A request that Ctrl-C or SIGTERM makes true."""
+    request = StopRequest()
+    previous = {number: signal.signal(number, request.ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield request
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -154,26 +156,34 @@ def execute(
     run: RunConfig, *, out: Path, resume: bool, profile: bool, as_json: bool, started: float, vocab_given: bool
 ) -> None:
     """Prepare the data, train, and print how it went."""
+    import jax
     from rich.console import Console
 
     from gcompute.cli.session import train_session
 
-    console = Console(stderr=True)
     use_compilation_cache()
-    with stop_on_interrupt() as asked:
-        session = train_session(
-            run,
-            out=out,
-            cache=cache_directory(),
-            resume=resume,
-            profile=profile,
-            vocab_given=vocab_given,
-            console=console,
-            stopped=lambda: bool(asked),
-            started=started,
-        )
-    if as_json:
+    again = f"Go on with: gcompute train --out {shlex.quote(str(out))} --resume"
+    try:
+        with stop_on_interrupt() as asked:
+            first = jax.process_index() == 0
+            console = Console(stderr=True, quiet=not first, soft_wrap=True, markup=False, highlight=False)
+            session = train_session(
+                run,
+                out=out,
+                cache=cache_directory(),
+                resume=resume,
+                profile=profile,
+                vocab_given=vocab_given,
+                console=console,
+                stopped=lambda: bool(asked),
+                started=started,
+            )
+    except KeyboardInterrupt:
+        there = (out / RUN).is_file()
+        print(f"interrupted. {again if there else 'Nothing was trained yet: start again.'}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    if as_json and first:
         print(json.dumps(session.to_dict()))
     if not session.result.finished:
-        console.print(f"stopped at step {session.result.step}. Go on with: gcompute train --out {out} --resume")
-        raise SystemExit(130)
+        console.print(f"stopped at step {session.result.step}. {again}")
+        raise SystemExit(INTERRUPTED)

@@ -9,7 +9,6 @@ import json
 import tomllib
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 from gcompute.config.fields import nearest
 from gcompute.config.model import ModelConfig

@@ -1,5 +1,6 @@
 """What one run of a lab expects, measures and draws, kept on disk as it goes."""
 
+import importlib
 import json
 import math
 import os
@@ -28,13 +29,19 @@ class Record:
     """
 
     def __init__(self, name: str):
-        """Raises ValueError when the folder cannot be made or emptied."""
+        """Raises ValueError when the folder cannot be made or emptied, or holds something else than a lab's results."""
         self.directory = lab_root() / name
         self._predicted: dict[str, float | None] = {}
         try:
-            if self.directory.exists():
+            # Only what an earlier run made is ever removed: the root may have been set to any folder.
+            if (self.directory / RESULTS).exists():
                 shutil.rmtree(self.directory)
-            self.directory.mkdir(parents=True)
+            elif self.directory.exists() and any(self.directory.iterdir()):
+                raise ValueError(
+                    f"{self.directory} holds files that no lab made. Set GCOMPUTE_LAB_OUT to another folder."
+                )
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / RESULTS).touch()
         except OSError as error:
             raise ValueError(
                 f"{self.directory} cannot be made anew: {error.strerror}. Set GCOMPUTE_LAB_OUT to another folder."
@@ -79,9 +86,9 @@ class Record:
         path = self.directory / name
         print(f"picture: {path}")
         if "ipykernel" in sys.modules:
-            from IPython.display import Image, display
-
-            display(Image(filename=str(path)))
+            # By name: IPython is here only where a notebook runs.
+            notebook = importlib.import_module("IPython.display")
+            notebook.display(notebook.Image(filename=str(path)))
 
 
 def positive_number(value: object) -> float | None:

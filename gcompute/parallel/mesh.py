@@ -1,6 +1,7 @@
 """From a MeshShape to a jax.sharding.Mesh."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -8,7 +9,7 @@ from jax.sharding import AxisType, Mesh
 from gcompute.config.mesh import Axis, MeshShape
 
 
-def build_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def build_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with all six axes, in the order of `Axis`, over the first devices of this job.
 
     Axis types are Auto, stated because the default differs between JAX 0.7 and later versions.

@@ -3,39 +3,34 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gcompute.config.mesh import MeshShape
 from gcompute.config.train import RunConfig
 from gcompute.measure.profile import trace
 from gcompute.model.pretrained import CHECKPOINTS
-from gcompute.model.transformer import Execution, abstract_params, init, param_dims
-from gcompute.parallel.mesh import build_mesh
-from gcompute.parallel.rules import check_divisible, param_shardings, partition_spec, state_shardings
 from gcompute.plan.train_step import train_flops
 from gcompute.train.checkpoint import Checkpoints
 from gcompute.train.corpus import TokenizedCorpus
 from gcompute.train.data import BatchSource, Prefetcher, ValidationWindows
 from gcompute.train.events import Evaluated, Notice, Report, Saved, Started, Stepped
+from gcompute.train.identity import tokens_fingerprint
 from gcompute.train.metrics_log import MetricsLog
-from gcompute.train.optimizer import make_optimizer, make_schedule
-from gcompute.train.resolve import default_mesh, resolve_accumulation, resolve_execution
-from gcompute.train.step import StepMetrics, TrainState, make_eval, make_train_steps
+from gcompute.train.optimizer import make_schedule
+from gcompute.train.programs import Programs, build_programs, place
 
 METRICS = "metrics.jsonl"
 PROFILE = "profile"
 DISPATCH_S = 0.5
-MOST_DISPATCH_STEPS = 32
 PROFILED_DISPATCHES = 2
 
 
@@ -57,88 +52,17 @@ class TrainResult:
     mfu: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Programs:
-    """What the loop runs: compiled once, so that a test can read them."""
-
-    steps: jax.stages.Compiled
-    evaluate: Callable[..., Any]
-    dispatch_steps: int
-    accumulation: int
-    execution: Execution
-    mesh: MeshShape
-    batch_sharding: NamedSharding
-    abstract_state: TrainState
-    init: Callable[[jax.Array], TrainState]
-    compile_s: float
-
-
-def build_programs(run: RunConfig) -> Programs:
-    """Resolve, shard and compile everything that `run` needs on the devices of this job.
+def open_data(run: RunConfig, corpus: TokenizedCorpus) -> tuple[BatchSource, ValidationWindows]:
+    """The batches of `run` and its validation windows.
 
     Raises:
-      ValueError: the mesh, the model and the batch do not go together.
+      ValueError: a split is too short.
     """
-    backend = jax.default_backend()
-    shape = run.train.mesh or default_mesh()
-    if run.train.mesh is None and run.train.batch % shape.num_devices:
-        raise ValueError(
-            f"batch={run.train.batch} does not divide over {shape.num_devices} devices."
-            f" Use a multiple of {shape.num_devices}, or give --mesh."
-        )
-    if run.seq > run.model.context:
-        raise ValueError(f"seq={run.seq} is longer than the model's context={run.model.context}.")
-    mesh = build_mesh(shape)
-    accumulation = resolve_accumulation(run, shape, backend)
-    check_divisible(run.model, shape, batch=run.train.batch, accumulation=accumulation)
-    execution = resolve_execution(run, backend)
-    optimizer = make_optimizer(run.optimizer, run.train.steps)
-
-    def initial(key: jax.Array) -> TrainState:
-        params = init(run.model, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    replicated = NamedSharding(mesh, PartitionSpec())
-    abstract = abstract_params(run.model)
-    placed = param_shardings(param_dims(run.model), mesh, shape)
-    abstract_state = jax.eval_shape(initial, jax.random.key(0))
-    shardings = TrainState(replicated, placed, state_shardings(abstract_state.optimizer, abstract, placed, mesh))
-    abstract_state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_state,
-        shardings,
+    config = run.train
+    return (
+        BatchSource(tokens=corpus.train, seq=run.seq, batch=config.batch, seed=config.seed),
+        ValidationWindows(tokens=corpus.val, seq=run.seq, batch=config.batch),
     )
-    single_process = jax.process_count() == 1
-    most = run.train.dispatch_steps or (MOST_DISPATCH_STEPS if single_process else 1)
-    most = min(most, run.train.steps)
-    batch_sharding = NamedSharding(mesh, partition_spec("_BT", shape))
-    batches = jax.ShapeDtypeStruct((most, run.train.batch, run.seq), jnp.int32, sharding=batch_sharding)
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    started = time.perf_counter()
-    steps = jax.jit(
-        make_train_steps(run.model, execution, optimizer, accumulation),
-        donate_argnums=0,
-        out_shardings=(shardings, StepMetrics(replicated, replicated)),
-    )
-    compiled = steps.lower(abstract_state, batches, batches, count).compile()
-    compile_s = time.perf_counter() - started
-    return Programs(
-        steps=compiled,
-        evaluate=jax.jit(make_eval(run.model, execution, accumulation), out_shardings=replicated),
-        dispatch_steps=most,
-        accumulation=accumulation,
-        execution=execution,
-        mesh=shape,
-        batch_sharding=batch_sharding,
-        abstract_state=abstract_state,
-        init=jax.jit(initial, out_shardings=shardings),
-        compile_s=compile_s,
-    )
-
-
-def place(rows: np.ndarray, sharding: Any) -> jax.Array:
-    """A host array on the devices; in a job of several processes each one holds the rows of its own devices."""
-    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
 
 def evaluate(programs: Programs, params: Any, windows: ValidationWindows, most: int | None) -> float:
@@ -153,6 +77,28 @@ def evaluate(programs: Programs, params: Any, windows: ValidationWindows, most: 
     return total / weight
 
 
+@contextmanager
+def advice_on_memory() -> Iterator[None]:
+    """Turn an allocation that fails, on the host or a device, into a MemoryError that says what helps."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            "the memory is not enough for this run. Use a smaller --batch or --seq, more --accumulation, --remat full,"
+            " or a --mesh over more devices."
+        ) from None
+
+
+def agreed(stopped: Callable[[], bool]) -> bool:
+    """Whether any process of the job is to stop: they run the same steps, so they stop together or wait for ever."""
+    if jax.process_count() == 1:
+        return stopped()
+    return bool(multihost_utils.process_allgather(np.asarray(stopped())).any())
+
+
+@advice_on_memory()
 def train(
     run: RunConfig,
     corpus: TokenizedCorpus,
@@ -171,16 +117,23 @@ def train(
     Raises:
       ValueError: configuration, data or checkpoints do not go together.
       FloatingPointError: a loss is not finite; the last checkpoint stands.
+      OSError: a checkpoint or the metrics cannot be written; the checkpoints before it stand.
+      MemoryError: the run does not fit.
     """
     entered = time.perf_counter()
+    source, windows = open_data(run, corpus)
     programs = build_programs(run)
     train_config, steps = run.train, run.train.steps
-    source = BatchSource(tokens=corpus.train, seq=run.seq, batch=train_config.batch, seed=train_config.seed)
-    windows = ValidationWindows(tokens=corpus.val, seq=run.seq, batch=train_config.batch)
-    schedule = make_schedule(run.optimizer, steps)
+    learning_rates = jax.device_get(jax.jit(jax.vmap(make_schedule(run.optimizer, steps)))(np.arange(steps)))
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(programs.abstract_state.params))
     flops = train_flops(run.model, batch=train_config.batch, seq=run.seq).step_flops
-    meta = {**run.to_dict(), "tokenizer": corpus.tokenizer.fingerprint, "mesh": str(programs.mesh)}
+    tokens_sha256 = tokens_fingerprint(corpus)
+    meta = {
+        **run.to_dict(),
+        "tokenizer": corpus.tokenizer.fingerprint,
+        "tokens_sha256": tokens_sha256,
+        "mesh": str(programs.mesh),
+    }
     first = jax.process_index() == 0
     val_loss: float | None = None
     train_loss: float | None = None
@@ -191,10 +144,19 @@ def train(
         restored = (
             checkpoints.restore(programs.abstract_state, lambda text: report(Notice(text=text))) if resume else None
         )
+        if restored and restored[1].get("tokens_sha256") != tokens_sha256:
+            raise ValueError(
+                f"the data is not what the run in {out} began with: its tokens differ. Give the same text, or start"
+                " another --out."
+            )
         state = restored[0] if restored else programs.init(jax.random.key(train_config.seed))
         state = dataclasses.replace(state, step=place(np.asarray(state.step), programs.abstract_state.step.sharding))
         step = int(state.step)
+        if step > steps:
+            raise ValueError(f"{out} is at step {step}, past --steps {steps}. Give at least {step}.")
         log = stack.enter_context(MetricsLog(out / METRICS, last_step=step)) if first else None
+        if log and step == steps:
+            train_loss, val_loss = (log.last[kind]["loss"] if kind in log.last else None for kind in ("train", "eval"))
         batches = stack.enter_context(
             Prefetcher(map(source.batch_at, range(step, steps)), depth=2 * programs.dispatch_steps)
         )
@@ -211,7 +173,7 @@ def train(
         trained_s = 0.0
         dispatches = 0
         profiling: ExitStack | None = None
-        while step < steps and not stopped():
+        while step < steps and not agreed(stopped):
             if profile and dispatches == 1:
                 profiling = stack.enter_context(ExitStack())
                 profiling.enter_context(trace(out / PROFILE))
@@ -235,6 +197,9 @@ def train(
             if profiling and dispatches == 1 + PROFILED_DISPATCHES:
                 profiling.close()
             losses = [float(loss) for loss in metrics.loss[:num]]
+            norms = [float(norm) for norm in metrics.gradient_norm[:num]]
+            finite = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms, strict=True)]
+            num_good = num if all(finite) else finite.index(False)
             if log:
                 log.write(
                     [
@@ -242,26 +207,24 @@ def train(
                             "kind": "train",
                             "step": step + i + 1,
                             "loss": losses[i],
-                            "gradient_norm": float(metrics.gradient_norm[i]),
-                            "learning_rate": float(np.asarray(schedule(step + i))),
+                            "gradient_norm": norms[i],
+                            "learning_rate": float(learning_rates[step + i]),
                             "step_s": (now - started) / num,
                         }
-                        for i in range(num)
+                        for i in range(num_good)
                     ]
                 )
+            if num_good < num:
+                raise _diverged(f"the loss or its gradient at step {step + num_good + 1}", saved)
             step += num
             train_loss = losses[-1]
-            if not all(map(math.isfinite, losses)):
-                bad = step - num + 1 + next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
-                raise FloatingPointError(
-                    f"the loss at step {bad} is not finite. Resume from the last checkpoint with a lower"
-                    " --learning-rate or a smaller --clip."
-                )
             step_s = median(rates[-20:]) if rates else (now - started) / num
             report(_progress(step, steps, train_loss, step_s, run.tokens_per_step, flops, peak_flops_per_s))
             ended = step == steps
             if ended or (train_config.eval_every and step % train_config.eval_every == 0):
                 val_loss = evaluate(programs, state.params, windows, None if ended else train_config.eval_batches)
+                if not math.isfinite(val_loss):
+                    raise _diverged(f"the validation loss at step {step}", saved)
                 if log:
                     log.write([{"kind": "eval", "step": step, "loss": val_loss, "whole": ended}])
                 report(Evaluated(step=step, loss=val_loss, whole=ended))
@@ -287,6 +250,14 @@ def train(
         step_s=step_s,
         tokens_per_s=run.tokens_per_step / step_s if step_s else None,
         mfu=flops / step_s / peak_flops_per_s if step_s and peak_flops_per_s else None,
+    )
+
+
+def _diverged(what: str, saved: int) -> FloatingPointError:
+    stands = f"Checkpoint {saved} stands" if saved >= 0 else "There is no checkpoint yet"
+    return FloatingPointError(
+        f"{what} is not finite. {stands}: start again in another --out with a lower --learning-rate or more"
+        " --warmup-steps."
     )
 
 

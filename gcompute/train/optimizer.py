@@ -47,8 +47,8 @@ def _decay_mask(params: Any) -> Any:
 def _muon_dims(params: Any) -> Any:
     """Which matrices Muon orthogonalises, and over which dims; the rest (None) is left to Adam.
 
-    A stacked [L, D, N, H] is L matrices from D to N x H. Embeddings and the output layer go to Adam, as in
-    Jordan et al. 2024 (Muon).
+    A stacked [L, D, N, H] is L matrices from D to N x H. Embeddings and the output layer go to Adam (with
+    Nesterov momentum, as Muon's), as in Jordan et al. 2024 (Muon).
     """
     dims = optax.contrib.MuonDimensionNumbers
 
@@ -88,18 +88,22 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         case "adafactor":
             rule = optax.adafactor(rate, weight_decay_rate=decay or None, weight_decay_mask=_decay_mask)
         case "muon":
-            rule = optax.contrib.muon(
-                rate,
+            direction = optax.contrib.muon(
+                1.0,
                 beta=b1,
                 adam_b1=b1,
                 adam_b2=b2,
                 eps=eps,
-                weight_decay=decay,
-                weight_decay_mask=_decay_mask,
-                adam_weight_decay=decay,
                 muon_weight_dimension_numbers=_muon_dims,
                 # Scales each update to the size that Adam's has, so one learning rate serves both groups.
                 consistent_rms=0.2,
+            )
+            # Its own decay has no mask for what Adam updates, and would shrink the norms.
+            rule = optax.chain(
+                direction,
+                optax.scale(-1.0),
+                optax.add_decayed_weights(decay, _decay_mask),
+                optax.scale_by_learning_rate(rate),
             )
         case "sgd":
             rule = optax.chain(optax.add_decayed_weights(decay, _decay_mask), optax.sgd(rate, b1 or None))

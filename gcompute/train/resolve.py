@@ -1,5 +1,7 @@
 """Turn a configuration's "decide for me" into values, for the backend at hand."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -40,10 +42,20 @@ def resolve_accumulation(run: RunConfig, mesh: MeshShape, backend: str) -> int:
     if backend != "cpu" or run.train.batch % mesh.batch_shards:
         return 1
     tokens = max(LEAST_TOKENS, CACHE_BYTES // (4 * run.model.ffn_size))
-    legal = [n for n in range(1, rows + 1) if rows % n == 0]
+    legal = divisors(rows)
     enough = [n for n in legal if rows * run.seq / n <= tokens]
     largest = [n for n in legal if rows * run.seq / n >= LEAST_TOKENS] or [1]
     return min(enough[0] if enough else largest[-1], largest[-1])
+
+
+def divisors(number: int) -> list[int]:
+    """Whole numbers that divide `number`, smallest first.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)})
 
 
 def default_mesh() -> MeshShape:

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from gcompute.config.model import ModelConfig
+from gcompute.model.matmul import accumulator
 from gcompute.model.transformer import Execution, Params, forward, stack, unstack
 
 
@@ -75,7 +76,7 @@ def loss_and_gradients(
         def add(total: Any, rows: tuple[Array, Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, value_and_grad(params, *rows)), None
 
-        start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        start = (jnp.zeros((), accumulator(execution.compute)), jax.tree.map(jnp.zeros_like, params))
         rows = (microbatches(inputs_BT, accumulation), microbatches(targets_BT, accumulation))
         total, _ = jax.lax.scan(add, start, rows)
         loss, gradients = jax.tree.map(lambda value: value / accumulation, total)
@@ -97,7 +98,7 @@ def make_train_steps(
         )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, optimizer_state), loss, optax.global_norm(gradients)
+        return TrainState(state.step + 1, params, optimizer_state), loss, optax.tree.norm(gradients)
 
     def train_steps(
         state: TrainState, inputs_NBT: Array, targets_NBT: Array, num_steps: Array
@@ -107,7 +108,7 @@ def make_train_steps(
             state, loss, norm = one(state, inputs_NBT[i], targets_NBT[i])
             return state, StepMetrics(metrics.loss.at[i].set(loss), metrics.gradient_norm.at[i].set(norm))
 
-        empty = jnp.zeros(inputs_NBT.shape[0], jnp.float32)
+        empty = jnp.zeros(inputs_NBT.shape[0], accumulator(execution.compute))
         return jax.lax.fori_loop(0, num_steps, body, (state, StepMetrics(empty, empty)))
 
     return train_steps

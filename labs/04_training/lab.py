@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Lab 04: what does a training step cost?
 #
-# You train a small transformer on real text: the source of Python's own `asyncio`. Before each measurement you write down
-# what you expect. About a minute on a laptop; the same cells run on a GPU or a TPU, on one device of however many there are.
+# You train a small transformer on real text: the source of Python's own `asyncio`. Before each measurement you
+# write down what you expect. About a minute on a laptop; the same cells run on a GPU or a TPU, on one device of
+# however many there are.
 #
-# **Question.** The model has 837 thousand parameters, 3.2 MiB in float32. How much memory does one training step need,
-# how long does it take, and what changes when the batch is cut into 8 pieces?
+# **Question.** The model has 837 thousand parameters, 3.2 MiB in float32. How much memory does one training step
+# need, how long does it take, and what changes when the batch is cut into 8 pieces?
 
 # %%
 # On Colab or Kaggle run this in a cell of its own first (REPO: this repository). It leaves the installed jax alone:
@@ -33,15 +34,16 @@ from gcompute.train.corpus import prepare
 from gcompute.train.curve import plot_loss
 from gcompute.train.data import BatchSource
 from gcompute.train.events import Evaluated
-from gcompute.train.loop import build_programs, place, train
+from gcompute.train.loop import train
 from gcompute.train.metrics_log import read_metrics
 from gcompute.train.ngram import bigram_loss, unigram_loss
+from gcompute.train.programs import build_programs, place
 
 record = Record("04_training")
 DATA = DataConfig(data=str(Path(sysconfig.get_path("stdlib"), "asyncio")), tokenizer="byte")
 corpus = prepare(DATA, lab_root() / "corpus")
 MODEL = ModelConfig(vocab=corpus.tokenizer.vocab_size, layers=4, dim=128, heads=4, context=128)
-BATCH, SEQ, STEPS, PIECES = 16, MODEL.context, 240, (1, 2, 4, 8)
+BATCH, SEQ, STEPS, PIECES = 16, MODEL.context, 200, (1, 2, 4, 8)
 TOKENS, MIB = BATCH * SEQ, 2**20
 num_params = count_params(MODEL).total
 print(f"{len(corpus.train):,} training bytes; {num_params:,} parameters; {TOKENS:,} tokens a step")
@@ -60,8 +62,8 @@ my_ratio_of_8_pieces = None  # time of a step in 8 pieces / time of a step in on
 record.predict(memory_mib=my_memory_mib, step_ms=my_step_ms, ratio_of_8_pieces=my_ratio_of_8_pieces)
 
 # %% [markdown]
-# Now the planner's. It knows the model's shape and two ceilings of this machine, measured here: how fast it multiplies
-# matrices, and how fast it reads memory. It has never seen a training step run.
+# Now the planner's. It knows the model's shape and two ceilings of this machine, measured here: how fast it
+# multiplies matrices, and how fast it reads memory. It has never seen a training step run.
 
 # %%
 roofline = load_or_measure(lab_root() / "roofline.json")
@@ -79,8 +81,8 @@ for n in PIECES:
 # %% [markdown]
 # ## Measure
 #
-# The same two steps from the same start, with the batch in 1, 2, 4 and 8 pieces (`accumulation`). The compiler says how
-# much memory its program needs, the clock says the rest. Do the losses depend on the pieces?
+# The same two steps from the same start, with the batch in 1, 2, 4 and 8 pieces (`accumulation`). The compiler says
+# how much memory its program needs, the clock says the rest. Do the losses depend on the pieces?
 
 
 # %%
@@ -176,18 +178,20 @@ record.compare(
 #
 # - **Memory.** Parameters, gradients and Adam's moments take 16 bytes a parameter: 13 MiB. Nearly all the rest is
 #   *activations*, which the forward pass keeps for the backward pass. They grow with tokens × layers, and those of
-#   attention with the square of the sequence. Inference keeps none: a chip that serves a model may be too small to train it.
-# - **Time.** Matmuls cost 6 operations a parameter and token: 2 forward, 4 backward. Between them, norms, softmax and
-#   activation functions read and write memory and hardly compute. The plan is close to a floor: it knows no page faults,
-#   no start-up of small operations, no other programs. On CPU, 1.5 to 6 times the plan is usual for a model this small.
-# - **Pieces.** The losses agree to the last digits (the sums run in another order) and memory falls, because only one
-#   piece's activations live at a time. The work stays the same, so the time nearly does. On CPU it may fall, as a small
-#   piece stays in the caches; on a GPU or TPU it rises once a piece is too small to fill the chip.
+#   attention with the square of the sequence. Inference keeps none: a chip that serves a model may be too small to
+#   train it.
+# - **Time.** Matmuls cost 6 operations a parameter and token: 2 forward, 4 backward. Between them, norms, softmax
+#   and activation functions read and write memory and hardly compute. The plan is close to a floor: it knows no
+#   page faults, no start-up of small operations, no other programs. On CPU expect 1 to 5 times the plan for a model
+#   this small.
+# - **Pieces.** The losses agree to five digits or more (the sums run in another order) and memory falls, because
+#   only one piece's activations live at a time. The work stays the same, so the time nearly does. On CPU it may
+#   fall, as a small piece stays in the caches; on a GPU or TPU it rises once a piece is too small to fill the chip.
 #
 # ## Train
 #
-# In as many pieces as you measured to be fastest. To beat: a unigram model (how often each byte occurs) and a bigram model
-# (which byte follows which). Guess first: can 240 steps, about one pass over the text, beat them?
+# In as many pieces as you measured to be fastest. To beat: a unigram model (how often each byte occurs) and a
+# bigram model (which byte follows which). Guess first: can 200 steps, less than one pass over the text, beat them?
 
 # %%
 fastest = min(PIECES, key=measured_s.__getitem__)
@@ -199,42 +203,44 @@ def report(event):
         print(f"step {event.step}: validation loss {event.loss:.3f} nats a byte")
 
 
-config = run_config(fastest, eval_every=80, eval_batches=4)
+config = run_config(fastest, eval_every=50, eval_batches=4)
 result = train(config, corpus, out=record.directory, peak_flops_per_s=peak_flops_per_s, report=report)
 sides = (corpus.train, corpus.val, MODEL.vocab)
 baselines = {"unigram": unigram_loss(*sides), "bigram": bigram_loss(*sides)}
-record.note("trained", val_loss=result.val_loss, baselines=baselines, step_s=result.step_s, mfu=result.mfu, pieces=fastest)
-title = f"Lab 04: {num_params:,} parameters on the source of asyncio"
-plot_loss(read_metrics(record.directory / "metrics.jsonl"), record.directory / "loss.png", title=title, baselines=baselines)
+record.note("trained", pieces=fastest, val_loss=result.val_loss, baselines=baselines, step_s=result.step_s)
+rows = read_metrics(record.directory / "metrics.jsonl")
+plot_loss(rows, record.directory / "loss.png", title="Lab 04: loss by step", baselines=baselines)
 record.show_file("loss.png")
 print(f"{result.tokens_per_s:,.0f} tokens/s; lab 05 serves the checkpoint in {record.directory}")
 
 # %% [markdown]
-# Attention is what a bigram model lacks: it looks back over 128 bytes, at the indentation, the name being spelled, the
-# bracket still open. Divide nats by 0.693 for bits a byte: a good compressor reaches about 2 on such text.
+# Attention is what a bigram model lacks: it looks back over 128 bytes, at the indentation, the name being spelled,
+# the bracket still open. Nats divided by 0.693 are bits: a byte, which takes 8, holds fewer than 2.
 #
 # ## Exercise
 #
-# Real batches have pieces of unequal size. `exercise.py` beside this lab asks you to combine their losses and gradients,
-# and knows the usual mistakes. It is meant to fail until you solve it:
-# `python labs/04_training/exercise.py` (Colab: `!python gcompute-src/labs/04_training/exercise.py`).
+# Real batches have pieces of unequal size. `exercise.py` beside this lab asks you to combine their losses and
+# gradients, and knows the usual mistakes. It is meant to fail until you solve it:
+#
+#     python labs/04_training/exercise.py                    # Colab: !python gcompute-src/labs/04_training/exercise.py
 #
 # ## Quiz
 #
 # Answer aloud, then open.
 #
-# 1. Which hardware suits parallel matrix operations: (a) a few fast cores, (b) thousands of simple multipliers fed by fast
-#    memory, (c) a faster disk?
-# 2. Training runs out of memory. Which change helps first and costs no quality: (a) fewer layers, (b) more pieces a step,
-#    (c) a smaller learning rate?
-# 3. Which resource is most often the first bottleneck of training: (a) disk space, (b) memory on the device, (c) cores?
+# 1. Which hardware suits parallel matrix operations: (a) a few fast cores, (b) thousands of simple multipliers fed
+#    by fast memory, (c) a faster disk?
+# 2. Training runs out of memory. Which change helps first and costs no quality: (a) fewer layers, (b) more pieces a
+#    step, (c) a smaller learning rate?
+# 3. Which resource is most often the first bottleneck of training: (a) disk space, (b) memory on the device, (c)
+#    cores?
 #
 # <details><summary>Answers</summary>
 #
-# 1. **b**: every output of a matrix product can be computed at once. (a) suits branching, sequential code; (c) feeds data
-#    once, not at every multiplication.
+# 1. **b**: every output of a matrix product can be computed at once. (a) suits branching, sequential code; (c)
+#    feeds data once, not at every multiplication.
 # 2. **b**: same loss, a fraction of the activations. (a) makes another model; (c) moves no byte.
-# 3. **b**: states at 16 bytes a parameter, and the activations above them, must fit before any speed counts. (a) fills
-#    slowly; (c) waits for memory more often than the other way round.
+# 3. **b**: states at 16 bytes a parameter, and the activations above them, must fit before any speed counts. (a)
+#    fills slowly; (c) waits for memory more often than the other way round.
 #
 # </details>

@@ -1,12 +1,11 @@
 import dataclasses
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from textbook import reference_logits
 
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import PRESETS
@@ -21,8 +20,6 @@ from gcompute.model.transformer import (
     unstack,
 )
 
-sys.path.insert(0, str(Path(__file__).parent))
-from reference import reference_logits  # noqa: E402
 
 CONFIGS = {
     "llama": PRESETS["test"],
@@ -36,7 +33,7 @@ FLOAT64 = Execution(compute=jnp.float64, residual=jnp.float64)
 
 def perturbed(config: ModelConfig, seed: int = 0, dtype=jnp.float64):
     """Parameters with every value moved, so that a bias or scale that is ignored shows."""
-    params = init(config, jax.random.key(seed))
+    params = jax.jit(partial(init, config))(jax.random.key(seed))
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
@@ -157,7 +154,8 @@ def test_abstract_params_and_dims_describe_init(config):
         "V": config.vocab,
         "T": config.context,
     }
-    jax.tree.map(lambda x, dims: np.testing.assert_equal(x.shape, tuple(sizes[d] for d in dims)), params, param_dims(config))
+    shapes = jax.tree.map(lambda dims: tuple(sizes[dim] for dim in dims), param_dims(config))
+    jax.tree.map(lambda x, shape: np.testing.assert_equal(x.shape, shape), params, shapes)
 
 
 def test_stack_inverts_unstack(config):

@@ -1,0 +1,139 @@
+"""The directory of one run: made, kept to one writer, and read back.
+
+It holds run.json, tokenizer.json, metrics.jsonl, loss.png, checkpoints/ and a lock.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gcompute.config.model import ModelConfig
+from gcompute.config.plain import from_plain
+from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+
+RUN = "run.json"
+LOCK = ".lock"
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "data": DataConfig,
+}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is whole or absent."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def make_directory(out: Path) -> None:
+    """Create a run directory and see that it can be written.
+
+    Raises:
+      ValueError: it cannot be created or written.
+    """
+    probe = out / f".write-{os.getpid()}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}. Choose another directory.") from None
+
+
+def check_outside(directory: Path, what: str, data: str) -> None:
+    """Refuse to write into the directory that the text is read from: what is written would be read as text next time.
+
+    Raises:
+      ValueError: `directory` lies in the directory `data`, and not under a hidden name, which the data leaves out.
+    """
+    root = Path(data)
+    if data == "stdlib" or not root.is_dir():
+        return
+    inside, outside = directory.resolve(), root.resolve()
+    if inside.is_relative_to(outside) and not any(part.startswith(".") for part in inside.relative_to(outside).parts):
+        raise ValueError(
+            f"{what} {directory} lies in --data {data}, and would be read as text next time. Choose a place outside,"
+            " or one whose name begins with a dot."
+        )
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Hold the lock of a run directory; the system lets go of it when the process ends, however it ends.
+
+    What a killed process left half-written is removed.
+
+    Raises:
+      ValueError: another process holds it.
+    """
+    with (out / LOCK).open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            raise ValueError(
+                f"another process ({holder}) is training in {out}. Wait for it or stop it, or choose another --out."
+            ) from None
+        except OSError:
+            pass  # a file system without locks: nothing is known, so nothing is refused
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        for left in (*out.glob("*.[0-9]*.tmp"), *out.glob(".write-[0-9]*"), *out.glob(".*.json.*.tmp")):
+            left.unlink(missing_ok=True)
+        yield
+
+
+def run_from_plain(values: Any, *, source: str) -> RunConfig:
+    """A RunConfig from what `RunConfig.to_dict` gave.
+
+    Raises:
+      ValueError: a section is missing, or a field is unknown or wrong.
+    """
+    if not isinstance(values, Mapping) or not values.keys() >= SECTIONS.keys():
+        raise ValueError(f"{source} lacks one of the sections {', '.join(SECTIONS)}.")
+    parts = {
+        name: kind(**from_plain(kind, values[name], source=f"{source} [{name}]")) for name, kind in SECTIONS.items()
+    }
+    return RunConfig(**parts)
+
+
+def stored_run(out: Path) -> tuple[RunConfig, str | None] | None:
+    """The configuration of the run in `out`, and a notice where it was not to be had from run.json.
+
+    Every checkpoint holds the configuration too. None when there is no run.
+
+    Raises:
+      ValueError: neither run.json nor a checkpoint can be read.
+    """
+    from gcompute.model.pretrained import CHECKPOINTS, META, saved_steps
+
+    path = out / RUN
+    found = path.is_file()
+    reason = "is missing"
+    if found:
+        try:
+            return run_from_plain(json.loads(path.read_text(encoding="utf-8")), source=str(path)), None
+        except (OSError, ValueError) as error:
+            reason = f"is damaged ({error})"
+    steps = saved_steps(out / CHECKPOINTS)
+    for step in reversed(steps):
+        meta = out / CHECKPOINTS / str(step) / META / "metadata"
+        with suppress(OSError, ValueError):
+            run = run_from_plain(json.loads(meta.read_text(encoding="utf-8")), source=str(meta))
+            return run, f"{path} {reason}: the configuration is taken from checkpoint {step}."
+    if found or steps:
+        raise ValueError(f"{path} {reason}. Copy it back, or start again in another --out.")
+    return None
