@@ -4,8 +4,10 @@ XLA on CPU takes its large temporaries from malloc, page by page; with 4 KiB pag
 third of a training step. glibc backs them with 2 MiB pages when GLIBC_TUNABLES says so before the process starts.
 """
 
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 TUNABLE = "glibc.malloc.hugetlb=1"
@@ -40,8 +42,14 @@ def restart_fast(wanted: bool) -> None:
 
 
 def quiet_backends() -> None:
-    """Keep C++ start-up chatter off the terminal; errors still show."""
+    """Keep C++ start-up chatter off the terminal, and what Orbax leaves behind; errors still show."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Where one file of a checkpoint cannot be written or read, the tasks for the others find their event loop closed,
+    # and each would print a traceback. The error itself arrives as an exception and is told in one line.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = lambda unraisable: None
 
 
 def cache_directory() -> Path:

@@ -12,7 +12,7 @@ def duration(seconds: float) -> str:
     """A time as people say it.
 
     >>> duration(0.0123), duration(75), duration(7300)
-    ('12.3 ms', '1 min 15 s', '2 h 2 min')
+    ('12.3 ms', '1 min 15 s', '2 h 1 min')
     """
     if seconds < 1:
         return f"{seconds * 1e3:.3g} ms"

@@ -167,14 +167,14 @@ def train_session(
     with only_writer(out) if first else nullcontext():
         with one_process_first(), WorkProgress(console) as progress:
             corpus = prepare(run.data, corpus_directory(cache, run), progress=progress)
+        tokenizer_path = out / TOKENIZER
+        if resume and tokenizer_path.is_file():
+            _check_same_tokenizer(tokenizer_path, corpus)
         run = with_vocabulary(run, corpus, given=vocab_given)
         # What does not go together is refused before anything of the run is written.
         resolve_mesh(run)
         open_data(run, corpus)
-        tokenizer_path = out / TOKENIZER
-        if resume and tokenizer_path.is_file():
-            _check_same_tokenizer(tokenizer_path, corpus)
-        elif first:
+        if first and not (resume and tokenizer_path.is_file()):
             corpus.tokenizer.save(tokenizer_path)
         if first and not resume:
             write_atomically(out / RUN, _run_json(run))

@@ -20,7 +20,7 @@ def nearest(name: str, legal: Iterable[str]) -> str:
     >>> nearest("zzz", ["a", "b"])
     'Legal: a, b.'
     """
-    legal = list(legal)
+    legal = [str(value) for value in legal]
     close = difflib.get_close_matches(name, legal, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Legal: {', '.join(legal)}."
 

@@ -42,7 +42,7 @@ def saved_steps(checkpoints: Path) -> list[int]:
 
 def unreadable(error: Exception) -> str:
     """What Orbax or TensorStore says of a file, in a few words; they say it in many lines."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).partition(" See full TensorStore")[0]
     for known in ("No space left on device", "Disk quota exceeded", "File too large", "Permission denied"):
         if known in text:
             return known
@@ -75,7 +75,7 @@ def load(path: str | Path, *, notice: Callable[[str], None] = lambda text: None)
     Raises:
       ValueError: nothing there can be read, or the tokenizer is not the one that the model was trained with.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     run, steps = locate(Path(path))
     tokenizer_path = run / TOKENIZER
     if not tokenizer_path.is_file():

@@ -28,8 +28,9 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int, create: bool = True):
         """Raises ValueError when the directory cannot be made or written."""
-        # Orbax logs every save at WARNING where absl is not initialised; its errors still arrive as exceptions.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs every save at WARNING where absl is not initialised, and errors with their tracebacks; they arrive
+        # as exceptions too.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, cleanup_tmp_directories=True)
         self.directory = directory.absolute()
         try:

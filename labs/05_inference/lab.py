@@ -166,7 +166,7 @@ record.show(figure, "batching.png")
 engine = Engine(small.params, small.config, small.tokenizer, ServeConfig(slots=8, precision=PRECISION, port=0))
 engine.start()
 engine.wait_ready()
-PROMPT = "import socket\n\nclass Server:\n    def __init__(self, loop):\n        self"  # 64 bytes
+PROMPT = "import os\n\nclass Loop:\n    def __init__(self):\n        self._loo"  # 64 bytes
 sampling = Sampling(max_tokens=64, temperature=0, ignore_eos=True)
 rounds = [engine.generate([PROMPT], sampling)[0] for _ in range(8)]
 read_s = min(done.timing.first_token_s for done in rounds)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from gcompute.config.train import DataConfig
 from gcompute.model.tokenizer import Tokenizer
 from gcompute.train import corpus
-from gcompute.train.corpus import find_source, pieces, prepare, split_documents, stdlib_source
+from gcompute.train.corpus import pieces, prepare
+from gcompute.train.source import find_source, split_documents, stdlib_source
 
 PROSE = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n" * 30
 
