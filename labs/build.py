@@ -22,7 +22,9 @@ def notebook_of(script: Path) -> str:
     import jupytext
     import nbformat
 
-    notebook = jupytext.reads(script.read_text(encoding="utf-8"), fmt="py:percent")
+    # Comments stay comments: jupytext would make a command of one that begins like a magic.
+    form = {"extension": ".py", "format_name": "percent", "comment_magics": False}
+    notebook = jupytext.reads(script.read_text(encoding="utf-8"), fmt=form)
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for index, cell in enumerate(notebook.cells):

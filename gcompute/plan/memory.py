@@ -131,7 +131,7 @@ def num_up_matrices(config: ModelConfig) -> int:
 
 def activation_keeps(config: ModelConfig) -> int:
     """Arrays of F that differentiating the feed-forward layer needs, its matmul results and its output among them."""
-    return {"swiglu": 6, "gelu": 4, "gelu_tanh": 6}[config.activation]
+    return {"swiglu": 6, "gelu": 2, "gelu_tanh": 6}[config.activation]
 
 
 def kept_bytes_per_token(

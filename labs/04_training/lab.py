@@ -7,10 +7,14 @@
 #
 # **Question.** The model has 837 thousand parameters, 3.2 MiB in float32. How much memory does one training step
 # need, how long does it take, and what changes when the batch is cut into 8 pieces?
+#
+# On Colab or Kaggle, run this in a cell of its own first, with `REPO` the address of this repository:
+#
+#     !git clone --depth 1 REPO gcompute-src
+#     !python gcompute-src/tpu_scripts/colab_setup.py './gcompute-src[serve]'
 
 # %%
-# On Colab or Kaggle run this in a cell of its own first (REPO: this repository). It leaves the installed jax alone:
-#   !git clone --depth 1 REPO gcompute-src && python gcompute-src/tpu_scripts/colab_setup.py './gcompute-src[serve]'
+# On Colab or Kaggle run tpu_scripts/colab_setup.py first, as above: it leaves the installed jax alone.
 try:
     import jax
     import numpy as np
@@ -18,7 +22,7 @@ try:
 
     from gcompute.lab.record import Record, lab_root
 except ImportError as error:
-    raise ImportError(f"{error}. In a checkout: pip install -e '.[serve]'. On Colab: the lines above.") from None
+    raise ImportError(f"{error}. In a checkout: pip install -e '.[serve]'. On Colab: the two lines above.") from None
 import sysconfig
 import time
 from pathlib import Path

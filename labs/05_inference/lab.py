@@ -6,10 +6,14 @@
 #
 # **Question.** A language model reads a prompt in one pass (*prefill*) and then writes one token a pass (*decode*).
 # What does one written token cost, why, and what happens when 8 requests are decoded together?
+#
+# On Colab or Kaggle, run this in a cell of its own first, with `REPO` the address of this repository:
+#
+#     !git clone --depth 1 REPO gcompute-src
+#     !python gcompute-src/tpu_scripts/colab_setup.py './gcompute-src[serve]'
 
 # %%
-# On Colab or Kaggle run this in a cell of its own first (REPO: this repository). It leaves the installed jax alone:
-#   !git clone --depth 1 REPO gcompute-src && python gcompute-src/tpu_scripts/colab_setup.py './gcompute-src[serve]'
+# On Colab or Kaggle run tpu_scripts/colab_setup.py first, as above: it leaves the installed jax alone.
 try:
     import httpx
     import jax
@@ -19,7 +23,7 @@ try:
     from gcompute.lab.record import Record, lab_root
     from gcompute.serve.server import background
 except ImportError as error:
-    raise ImportError(f"{error}. In a checkout: pip install -e '.[serve]'. On Colab: the lines above.") from None
+    raise ImportError(f"{error}. In a checkout: pip install -e '.[serve]'. On Colab: the two lines above.") from None
 import json
 import sysconfig
 import time

@@ -1,5 +1,6 @@
 """The labs run from top to bottom, their notebooks are current, and their exercises tell right from wrong."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -80,6 +81,9 @@ def test_notebook_is_small_and_has_no_outputs(folder):
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
     assert "colab_setup.py" in "".join(code[0]["source"])
+    # A notebook runs what the script runs: no comment has become a command, and no line is lost.
+    statements = [statement for cell in code for statement in ast.parse("".join(cell["source"])).body]
+    assert list(map(ast.dump, statements)) == list(map(ast.dump, ast.parse((folder / "lab.py").read_text()).body))
 
 
 # Exercises ------------------------------------------------------------------------------------------------------------

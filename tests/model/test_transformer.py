@@ -20,7 +20,6 @@ from gcompute.model.transformer import (
     unstack,
 )
 
-
 CONFIGS = {
     "llama": PRESETS["test"],
     "gpt2": PRESETS["test-gpt2"],
