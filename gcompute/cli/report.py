@@ -62,18 +62,19 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def memory_picture(predicted: dict[str, int], measured_bytes: float | None, measured_label: str) -> bytes:
-    """Predicted memory by component as one stacked bar, the measured peak as another."""
-    figure = Figure(figsize=(8, 2.4), dpi=120, layout="constrained")
+def memory_picture(predicted: dict[str, int], compiled_bytes: int | None, peak: dict[str, Any]) -> bytes:
+    """Predicted memory by component as one stacked bar, what the compiler reserves and the measured peak as others."""
+    figure = Figure(figsize=(8, 2.8), dpi=120, layout="constrained")
     axes = figure.subplots()
     left = 0.0
     for name, value in predicted.items():
         if name != "total_bytes" and value:
-            axes.barh(1, value / 2**20, left=left, label=name.removesuffix("_bytes").replace("_", " "))
+            axes.barh(2, value / 2**20, left=left, label=name.removesuffix("_bytes").replace("_", " "))
             left += value / 2**20
-    if measured_bytes:
-        axes.barh(0, measured_bytes / 2**20, color="#bbbbbb", label=measured_label)
-    axes.set_yticks([1, 0], ["predicted", "measured"])
+    if compiled_bytes:
+        axes.barh(1, compiled_bytes / 2**20, color="#777777", label="compiled program")
+    axes.barh(0, peak["largest_peak_bytes"] / 2**20, color="#bbbbbb", label=peak["source"])
+    axes.set_yticks([2, 1, 0], ["predicted", "compiled", "measured"])
     axes.set_xlabel("MiB")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
@@ -116,6 +117,10 @@ def _training_rows(session: dict[str, Any]) -> list[tuple[str, str, str, str]]:
                 _ratio(measured["tokens_per_s"], predicted["tokens_per_s"]),
             ),
         ]
+    if measured["compiled_bytes"]:
+        total, compiled = predicted["memory_bytes"]["total_bytes"], measured["compiled_bytes"]
+        sizes = (f"{total / 2**20:,.0f} MiB", f"{compiled / 2**20:,.0f} MiB")
+        rows.append(("memory of a step (compiled, not measured)", *sizes, _ratio(compiled, total)))
     if measured["mfu"]:
         rows.append(("MFU of the measured roofline", "", f"{measured['mfu']:.1%}", ""))
     if measured["time_to_first_step_s"]:
@@ -162,8 +167,8 @@ memory, so the ratio says how far the program is from that.</p>
 {picture(curve_png, "loss by step")}
 {table(("validation, same tokens", "loss, nats a token", "perplexity"), losses)}
 <h2>Memory</h2>
-{picture(memory_picture(memory, peak["largest_peak_bytes"], peak["source"]), "memory by component")}
-<p class="note">Predicted: arrays of one train step. Measured: {html.escape(peak["source"])}, which on a CPU
+{picture(memory_picture(memory, measured["compiled_bytes"], peak), "memory by component")}
+<p class="note">Predicted: arrays of one train step, from formulae. Compiled: what XLA reserves for that step. Measured: {html.escape(peak["source"])}, which on a CPU
 holds the whole process: Python, the compiler and the corpus too.</p>
 <h2>What it wrote</h2>
 {texts}

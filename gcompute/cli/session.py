@@ -22,6 +22,7 @@ from gcompute.measure.roofline import MeasuredRoofline, load_or_measure
 from gcompute.model.pretrained import CHECKPOINTS, TOKENIZER, saved_steps
 from gcompute.plan.memory import TrainMemory, train_memory
 from gcompute.plan.train_step import StepPrediction, predict_train_step
+from gcompute.train.checkpoint import check_path
 from gcompute.train.corpus import TokenizedCorpus, prepare
 from gcompute.train.curve import plot_loss
 from gcompute.train.events import Event, Started
@@ -161,6 +162,7 @@ def train_session(
     import jax
 
     first = jax.process_index() == 0
+    check_path(out)
     make_directory(out)
     for directory, what in ((out, "--out"), (cache, "the cache")):
         check_outside(directory, what, run.data.data)
@@ -268,6 +270,9 @@ def show_result(session: Session, console: Console) -> None:
     if result.step_s and result.tokens_per_s:
         table.add_row("step", duration(predicted.step.step_s), duration(result.step_s))
         table.add_row("tokens/s", f"{predicted.step.tokens_per_s:,.0f}", f"{result.tokens_per_s:,.0f}")
+    if result.compiled_bytes:
+        memory = f"{predicted.memory.total_bytes / 2**20:,.0f} MiB"
+        table.add_row("memory of a step (compiled)", memory, f"{result.compiled_bytes / 2**20:,.0f} MiB")
     if result.mfu:
         table.add_row("MFU of the measured roofline", "", f"{result.mfu:.1%}")
     if session.time_to_first_step_s:

@@ -23,11 +23,26 @@ from gcompute.model.pretrained import META, OPTIMIZER, PARAMS, saved_steps, unre
 from gcompute.train.step import TrainState
 
 
+def check_path(directory: Path) -> None:
+    """Refuse a path from which a checkpoint could be written and not be read.
+
+    Raises:
+      ValueError: the path holds a character of a file name pattern, by which Orbax looks for its own files.
+    """
+    found = sorted(set("[*?") & set(str(directory.absolute())))
+    if found:
+        raise ValueError(
+            f"{directory} cannot keep checkpoints: {' '.join(found)} in its path stands for other characters. Choose a"
+            " directory without it."
+        )
+
+
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager: leaving it waits for the last save."""
 
     def __init__(self, directory: Path, *, keep: int, create: bool = True):
-        """Raises ValueError when the directory cannot be made or written."""
+        """Raises ValueError when the directory cannot be made, written, or read back."""
+        check_path(directory)
         # Orbax logs every save at WARNING where absl is not initialised, and errors with their tracebacks; they arrive
         # as exceptions too.
         logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -45,6 +45,7 @@ class TrainResult:
     num_params: int
     accumulation: int
     compile_s: float
+    compiled_bytes: int | None
     first_step_s: float | None
     train_s: float
     step_s: float | None
@@ -245,6 +246,7 @@ def train(
         num_params=num_params,
         accumulation=programs.accumulation,
         compile_s=programs.compile_s,
+        compiled_bytes=programs.compiled_bytes(),
         first_step_s=first_step_s,
         train_s=trained_s,
         step_s=step_s,

@@ -37,6 +37,14 @@ class Programs:
     init: Callable[[jax.Array], TrainState]
     compile_s: float
 
+    def compiled_bytes(self) -> int | None:
+        """Memory of one device that the compiler reserves for the train step: arguments, results and temporaries."""
+        memory = self.steps.memory_analysis()
+        if memory is None:
+            return None
+        shared = memory.alias_size_in_bytes
+        return memory.argument_size_in_bytes + memory.output_size_in_bytes - shared + memory.temp_size_in_bytes
+
 
 def resolve_mesh(run: RunConfig) -> tuple[MeshShape, Mesh, int]:
     """The mesh that `run` trains on, over the devices of this job, and its microbatches a step.

@@ -160,6 +160,12 @@ def test_a_file_in_place_of_the_checkpoints(gcompute: Command, words: Path, tmp_
     assert (tmp_path / "checkpoints").read_text() == "mine"
 
 
+def test_a_path_that_checkpoints_could_not_be_read_from(gcompute: Command, words: Path, tmp_path: Path):
+    ended = gcompute(*TINY, "--data", words, "--out", tmp_path / "run[1]")
+    assert "cannot keep checkpoints: [ in its path stands for other characters" in ended.error
+    assert not (tmp_path / "run[1]").exists()
+
+
 def test_writing_into_the_directory_of_the_data(gcompute: Command, words: Path, tmp_path: Path):
     shutil.copy(words, tmp_path)
     ended = gcompute(*TINY, "--data", tmp_path, "--out", tmp_path / "runs" / "a")
