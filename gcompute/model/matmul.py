@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 
 # What a rematerialisation policy calls the results of these products: it cannot see inside a custom gradient.
 MATMUL = "matmul"
+# Tried: XLA:CPU of jaxlib 0.10.2 has a bfloat16 product of its own, that of 0.7.2 has not.
+FAST_BFLOAT16_CPU = (0, 10, 0)
 
 
 def accumulator(compute: jnp.dtype) -> jnp.dtype:
@@ -25,9 +27,11 @@ def accumulator(compute: jnp.dtype) -> jnp.dtype:
 def _dot(spec: str, x: Array, y: Array, compute: jnp.dtype) -> Array:
     # float32 operands mean float32 arithmetic: TPUs and recent GPUs would otherwise round them to fewer bits.
     precision = None if compute == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    return jnp.einsum(
-        spec, x.astype(compute), y.astype(compute), precision=precision, preferred_element_type=accumulator(compute)
-    )
+    x, y, wide = x.astype(compute), y.astype(compute), accumulator(compute)
+    if compute == jnp.bfloat16 and jax.__version_info__ < FAST_BFLOAT16_CPU and jax.default_backend() == "cpu":
+        # There some layouts of this very dot fail at run time, and none is faster: keep the rounding, multiply wide.
+        x, y = x.astype(wide), y.astype(wide)
+    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=wide)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

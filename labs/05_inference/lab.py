@@ -153,10 +153,12 @@ for axes, name in zip(figure.subplots(1, 2), models, strict=True):
         axes.plot(SLOTS, rate, style, color="#777777" if label == "planned" else "#4c78a8", label=label)
     ideal = [slots / measured_s[name][0] for slots in SLOTS]
     axes.plot(SLOTS, ideal, ":", color="#e45756", label="measured at 1, times B")
-    axes.set(xscale="log", yscale="log", xlabel="requests decoded together", ylabel="tokens/s, all requests")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set(xlabel="requests decoded together", ylabel="tokens/s, all requests")
     axes.set_xticks(SLOTS, [str(slots) for slots in SLOTS])
     axes.set_title(f"{name}: {count_params(models[name][1]).total / 1e6:,.1f} million parameters")
-    axes.minorticks_off()
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
 record.show(figure, "batching.png")
@@ -226,6 +228,7 @@ with (
                 num_characters += len(text)
                 arrivals.append((time.perf_counter() - started, num_characters))
                 print(text, end="", flush=True)
+print()
 record.note("streamed", arrivals=arrivals)
 figure = Figure(figsize=(8, 3.2), layout="constrained")
 axes = figure.subplots()
@@ -258,9 +261,10 @@ print(f"  {token_bytes / 2**10:.0f} KiB a token, {token_bytes * 8192 / 2**30:.1f
 # - **Decode waits for memory.** One request uses each weight for one multiplication and one addition, then throws
 #   it away. A chip could do tens to hundreds in that time. At 3.35 TB/s, the 16 GB of llama3-8b allow at most 209
 #   tokens/s to one request, however many FLOP/s the chip has.
-# - **Batching shares the reading.** 8 requests use each weight 8 times for one reading, so a step takes hardly
-#   longer and tokens/s rise almost with B, until the matmuls fill the step or the caches of the requests outweigh
-#   the weights. A CPU with few cores gets there early.
+# - **Batching shares the reading.** 8 requests use each weight 8 times for one reading, so a step takes hardly longer
+#   and tokens/s rise almost with B, until the matmuls fill the step or the caches of the requests outweigh the
+#   weights. A CPU with few cores gets there early, and its second request may gain nothing: a product with one vector
+#   runs at the speed of memory, a product with a few rows does not yet.
 # - **Prefill is a batch in itself.** 64 tokens of one prompt share a reading of the weights: time to first token is
 #   made of waiting and one pass, the rest of the answer of one pass a token.
 # - **Small models are different.** A CPU's caches hold all of the small model, so it may beat a plan that reads the

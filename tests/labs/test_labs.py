@@ -260,7 +260,7 @@ def test_pictures_appear_in_a_notebook(tmp_path, monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("GCOMPUTE_LAB_OUT", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(LABS.parent))
+    monkeypatch.setenv("PYTHONPATH", str(LABS.parent), prepend=os.pathsep)
     source = """
 from matplotlib.figure import Figure
 from gcompute.lab.record import Record
