@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import Command
+from command_line import Command
 
 from gcompute.model.pretrained import load
 from gcompute.train.metrics_log import read_metrics

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Command
+from command_line import TINY, Command
 
 from gcompute.cli.main import COMMANDS
 from gcompute.config.model import ModelConfig

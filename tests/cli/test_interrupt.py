@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Command
+from command_line import TINY, Command
 
 from gcompute.cli.train import StopRequest
 from gcompute.model.pretrained import saved_steps

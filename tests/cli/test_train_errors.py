@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Command, Ended
+from command_line import TINY, Command, Ended
 
 from gcompute.train.metrics_log import read_metrics
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float64 import float64
 from textbook import reference_logits
 
 from gcompute.config.model import ModelConfig
@@ -45,7 +46,7 @@ def config(request):
 
 
 def test_forward_and_gradient_equal_the_textbook_in_float64(config):
-    with jax.enable_x64(True):
+    with float64(True):
         params = perturbed(config)
         tokens = jax.random.randint(jax.random.key(5), (2, 6), 0, config.vocab)
         pull = jax.random.normal(jax.random.key(6), (2, 6, config.vocab))
@@ -71,7 +72,7 @@ def test_forward_and_gradient_equal_the_textbook_in_float64(config):
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_gradient(remat):
     config = CONFIGS["llama"]
-    with jax.enable_x64(True):
+    with float64(True):
         params = perturbed(config)
         tokens = jax.random.randint(jax.random.key(5), (2, 6), 0, config.vocab)
 
@@ -88,7 +89,7 @@ def test_remat_changes_no_gradient(remat):
 
 
 def test_cached_decoding_equals_one_pass(config):
-    with jax.enable_x64(True):
+    with float64(True):
         params = unstack(perturbed(config), config)
         tokens = jax.random.randint(jax.random.key(5), (3, 9), 0, config.vocab)
         whole, _ = forward(params, tokens, config=config, execution=FLOAT64)

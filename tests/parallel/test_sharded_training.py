@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float64 import float64
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gcompute.config.mesh import MeshShape
@@ -49,7 +50,7 @@ def program(shape: MeshShape, optimizer_name: str):
 
 
 def trained(shape: MeshShape, optimizer_name: str):
-    with jax.enable_x64(True):
+    with float64(True):
         compiled, arguments = program(shape, optimizer_name)
         state, metrics = compiled(*arguments)
         return compiled, state, np.asarray(metrics.loss)

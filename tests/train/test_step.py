@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float64 import float64
 from tiny_run import make_run
 
 from gcompute.model.transformer import Execution, forward, init
@@ -35,7 +36,7 @@ def test_token_losses_are_minus_the_log_of_the_softmax():
 
 @pytest.mark.parametrize("unroll", [1, 2], ids=["scanned", "unrolled"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(unroll: int):
-    with jax.enable_x64(True):
+    with float64(True):
         params, inputs, targets = in_float64()
         execution = Execution(compute=FLOAT64, residual=FLOAT64, unroll=unroll)
         compute = partial(loss_and_gradients, config=MODEL, execution=execution)
@@ -49,7 +50,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(unroll: int):
 
 
 def test_gradients_are_slopes_of_the_loss():
-    with jax.enable_x64(True):
+    with float64(True):
         params, inputs, targets = in_float64()
         execution = Execution(compute=FLOAT64, residual=FLOAT64, unroll=2)
         _, gradients = loss_and_gradients(params, inputs, targets, config=MODEL, execution=execution, accumulation=1)
