@@ -168,7 +168,8 @@ memory, so the ratio says how far the program is from that.</p>
 {table(("validation, same tokens", "loss, nats a token", "perplexity"), losses)}
 <h2>Memory</h2>
 {picture(memory_picture(memory, measured["compiled_bytes"], peak), "memory by component")}
-<p class="note">Predicted: arrays of one train step, from formulae. Compiled: what XLA reserves for that step. Measured: {html.escape(peak["source"])}, which on a CPU
+<p class="note">Predicted: arrays of one train step, from formulae. Compiled: what XLA reserves for that step.
+Measured: {html.escape(peak["source"])}, which on a CPU
 holds the whole process: Python, the compiler and the corpus too.</p>
 <h2>What it wrote</h2>
 {texts}
