@@ -135,9 +135,11 @@ class StopRequest:
         return self.asked
 
     def ask(self, number: int, frame: Any) -> None:
-        if self.asked or not self.watched:
-            raise KeyboardInterrupt
+        at_once = self.asked or not self.watched
+        # Kept also where the exception is raised: in a callback of C++ or a finalizer nobody would hear of it.
         self.asked = True
+        if at_once:
+            raise KeyboardInterrupt
 
 
 @contextmanager

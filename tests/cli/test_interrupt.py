@@ -18,7 +18,7 @@ from gcompute.train.events import Stepped
 from gcompute.train.metrics_log import read_metrics
 
 KILLS = 20
-NUM_STEPS = 4000
+NUM_STEPS = 2000
 LONG = ("--steps", f"{NUM_STEPS}", "--checkpoint-every", "20", "--eval-every", "1000", "--dispatch-steps", "4")
 
 
@@ -37,6 +37,9 @@ def test_a_signal_before_the_loop_asks_interrupts_at_once_and_later_only_the_sec
     request = StopRequest()
     with pytest.raises(KeyboardInterrupt):
         request.ask(signal.SIGINT, None)
+    # Had the exception been lost, in a finalizer, the loop would stop when it first asks.
+    assert request
+    request = StopRequest()
     assert not request
     request.ask(signal.SIGINT, None)
     assert request
