@@ -7,6 +7,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from gcompute.cli.environment import cache_directory, quiet_backends, restart_fast
 
@@ -57,7 +58,7 @@ def main() -> None:
     inputs, targets = (place(rows, programs.batch_sharding) for _ in range(2))
     count_sharding = programs.abstract_state.step.sharding
 
-    def dispatch(state, num_steps: int):  # type: ignore[no-untyped-def]
+    def dispatch(state: Any, num_steps: int) -> tuple[Any, float]:
         started = time.perf_counter()
         state, metrics = programs.steps(state, inputs, targets, place(np.asarray(num_steps, np.int32), count_sharding))
         jax.device_get(metrics)

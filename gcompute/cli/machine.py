@@ -1,6 +1,7 @@
 """gcompute machine: what is here and what it can do."""
 
 import json
+from typing import Any
 
 import click
 
@@ -34,7 +35,7 @@ def command(as_json: bool, again: bool, fast: bool) -> None:
     show_machine(machine.to_dict(), roofline.to_dict(), Console())
 
 
-def show_machine(machine: dict, roofline: dict, console) -> None:  # type: ignore[no-untyped-def]
+def show_machine(machine: dict[str, Any], roofline: dict[str, Any], console: Any) -> None:
     """Print the machine and its roofline, each figure with where it comes from."""
     from rich.table import Table
 

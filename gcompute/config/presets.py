@@ -29,6 +29,7 @@ def _nano(**sizes: Any) -> ModelConfig:
 
 
 PRESETS: dict[str, ModelConfig] = {
+    "test-tiny": ModelConfig(vocab=64, layers=1, dim=16, heads=2, ffn=64, context=32),
     "test": ModelConfig(vocab=64, layers=2, dim=32, heads=4, kv_heads=2, ffn=64, context=32),
     "test-gpt2": _gpt2(vocab=64, layers=2, dim=32, heads=4, context=32),
     "demo": ModelConfig(vocab=4096, layers=4, dim=256, heads=4, ffn=704, context=256),
