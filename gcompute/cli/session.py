@@ -121,6 +121,25 @@ def predict(run: RunConfig, roofline: MeasuredRoofline) -> Prediction:
     )
 
 
+def check_state_fits(memory: TrainMemory, machine: Machine, *, num_devices: int) -> None:
+    """Refuse a run whose state alone exceeds the memory: the runtime would not fail there, it would hang.
+
+    Only what is certain counts: parameters, gradients and optimizer. Devices of a CPU share its memory.
+
+    Raises:
+      ValueError: it cannot fit; the message has both sizes.
+    """
+    state = memory.parameters_bytes + memory.gradients_bytes + memory.optimizer_bytes
+    shared = machine.device_memory_bytes is None
+    needed = state * (min(num_devices, machine.num_local_devices) if shared else 1)
+    there = machine.device_memory_bytes or machine.memory_bytes
+    if needed > there:
+        raise ValueError(
+            f"parameters, gradients and optimizer need {needed / 2**30:,.1f} GiB and there are {there / 2**30:,.1f} GiB."
+            " Use a smaller model, an optimizer with less state such as lion or sgd, or --mesh fsdp=N over more devices."
+        )
+
+
 def show_prediction(prediction: Prediction, run: RunConfig, console: Console) -> None:
     """Print what the planner expects."""
     table = Table(title="predicted, before the first step", title_justify="left", show_header=False)
@@ -191,6 +210,7 @@ def train_session(
         machine = look()
         prediction = predict(run, roofline)
         show_prediction(prediction, run, console)
+        check_state_fits(prediction.memory, machine, num_devices=(run.train.mesh or default_mesh()).num_devices)
         before = time.time() - started
         with TrainProgress(console, log_every=run.train.log_every) as show:
 

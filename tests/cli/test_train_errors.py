@@ -327,3 +327,10 @@ def test_a_disk_that_is_full_at_a_line_of_metrics(gcompute: Command, run_copy: P
     )
     assert snapshot(run_copy / "checkpoints") == before
     assert gcompute("train", "--no-fast", "--out", run_copy, "--resume", "--steps", "8").status == 0
+
+
+def test_a_model_whose_state_exceeds_the_memory(gcompute: Command, words: Path, tmp_path: Path):
+    error = gcompute(*TINY, "--data", words, "--out", tmp_path / "out", "--vocab", "2000000000", "--dim", "64").error
+    assert "parameters, gradients and optimizer need 1," in error
+    assert "GiB" in error
+    assert not any((tmp_path / "out" / "checkpoints").glob("*"))
