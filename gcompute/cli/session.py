@@ -135,8 +135,8 @@ def check_state_fits(memory: TrainMemory, machine: Machine, *, num_devices: int)
     there = machine.device_memory_bytes or machine.memory_bytes
     if needed > there:
         raise ValueError(
-            f"parameters, gradients and optimizer need {needed / 2**30:,.1f} GiB and there are {there / 2**30:,.1f} GiB."
-            " Use a smaller model, an optimizer with less state such as lion or sgd, or --mesh fsdp=N over more devices."
+            f"parameters, gradients and optimizer need {needed / 2**30:,.1f} GiB of {there / 2**30:,.1f} GiB. Use a"
+            " smaller model, an optimizer with less state such as lion or sgd, or --mesh fsdp=N over more devices."
         )
 
 
