@@ -20,9 +20,10 @@ demo: $(STAMP)  ## look, predict, train, serve, report: about 3 minutes on 2 cor
 	$(BIN)/gcompute demo
 
 test: $(STAMP)  ## the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-slow: $(STAMP)  ## the slow tiers: several processes, kill -9, labs
+slow: $(STAMP)  ## the slow tiers: the TPU compiler, the whole certificate, several processes, kill -9, labs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tpu-aot]'
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)  ## ruff: lint and format
@@ -32,9 +33,10 @@ lint: $(STAMP)  ## ruff: lint and format
 types: $(STAMP)  ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(STAMP)  ## training against PyTorch (installs the extra `peers`)
+bench: $(STAMP)  ## training against PyTorch (installs the extra `peers`); parallel programs against the textbook
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[peers]'
 	$(BIN)/python benchmarks/train_vs_torch/run.py
+	$(BIN)/python benchmarks/parallel/run.py
 
 clean:  ## remove the environment and what runs left
 	rm -rf $(VENV) $(VENV)-* runs .pytest_cache .ruff_cache .hypothesis

@@ -16,7 +16,7 @@ PACKAGE = Path(gcompute.__file__).parent
 # Lowest first. A package may import those before it.
 LAYERS = (
     *("hardware", "config", "plan", "vectorize", "measure", "aot", "parallel", "model", "train", "serve"),
-    *("diagnose", "lab", "cli"),
+    *("diagnose", "certify", "lab", "cli"),
 )
 STRANGERS = {"train", "serve"}
 JAX_FREE_LAYERS = {"hardware", "config", "plan"}
@@ -97,7 +97,8 @@ def no_jax(path: str, source: str) -> list[str]:
 
 
 def shard_map_stays_in_parallel(path: str, source: str) -> list[str]:
-    if layer_of(path) == "parallel":
+    # The certificate runs per-device functions as a user's own program does.
+    if layer_of(path) in ("parallel", "certify"):
         return []
     found = []
     for node in ast.walk(ast.parse(source)):

@@ -6,6 +6,7 @@ third of a training step. glibc backs them with 2 MiB pages when GLIBC_TUNABLES 
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 TUNABLE = "glibc.malloc.hugetlb=1"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SWITCH = "GCOMPUTE_FAST"
+THREADS_A_FAKE_DEVICE = 8
 
 
 def fast_environment(environment: dict[str, str], huge_pages: str) -> dict[str, str] | None:
@@ -44,12 +46,26 @@ def restart_fast(wanted: bool) -> None:
 def quiet_backends() -> None:
     """Keep C++ start-up chatter off the terminal, and what Orbax leaves behind; errors still show."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    threads_for_fake_devices()
     # Where one file of a checkpoint cannot be written or read, the tasks for the others find their event loop closed,
     # and each would print a traceback. The error itself arrives as an exception and is told in one line.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = lambda unraisable: None
+
+
+def threads_for_fake_devices() -> None:
+    """Give XLA enough threads where a CPU stands for several devices; call before JAX starts.
+
+    XLA on CPU starts collectives that do not depend on each other side by side, and each holds a thread until all its
+    devices have come. With as many threads as devices, the default, a pipeline's transfer and the all-to-all of its
+    stages can hold them all and wait for each other for ever (seen: jaxlib 0.7.2 and 0.10.2). It reads NPROC.
+    """
+    flag = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    num = int(flag[1]) if flag else int(os.environ.get("JAX_NUM_CPU_DEVICES") or 1)
+    if num > 1:
+        os.environ.setdefault("NPROC", str(THREADS_A_FAKE_DEVICE * num))
 
 
 def cache_directory() -> Path:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +37,7 @@ class SectionedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record:
                 sections.setdefault(getattr(param, "section", "Options"), []).append(record)
         for name in ("Options", *(name for name in sections if name != "Options")):
@@ -59,14 +59,16 @@ class SectionedOption(click.Option):
         self.section = section
 
 
-def config_options(config_type: type, section: str, **defaults: Any) -> Callable[[Command], Command]:
-    """A decorator that gives a click command one option for each field of `config_type`.
+def config_options(
+    config_type: type, section: str, without: Collection[str] = (), /, **defaults: Any
+) -> Callable[[Command], Command]:
+    """A decorator that gives a click command one option for each field of `config_type` but those in `without`.
 
     An option that is not given stays None, so that a file can supply it; `defaults` are what the help shows where the
     command's default is not the field's.
     """
     options = []
-    for field in dataclasses.fields(config_type):
+    for field in (field for field in dataclasses.fields(config_type) if field.name not in without):
         kind = value_type(config_type, field.name)
         flag = "--" + field.name.replace("_", "-")
         default = defaults.get(field.name, field.default)

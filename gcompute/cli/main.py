@@ -40,6 +40,18 @@ COMMANDS = {
         about="Serve a trained model over HTTP, as the OpenAI completions API.",
         example="gcompute serve runs/first --port 8000",
     ),
+    "compile": Entry(
+        about="Compile a real program for chips that are not here: memory, collectives, fits or not.",
+        example="gcompute compile train llama3-8b --on v5e:4x4 --mesh fsdp=16 --batch 16 --seq 2048 --remat full",
+    ),
+    "explain": Entry(
+        about="Show what a mesh does to every tensor of a model: its piece, its bytes, its copies.",
+        example="gcompute explain llama3-70b --mesh fsdp=64,tensor=4",
+    ),
+    "certify": Entry(
+        about="Prove every parallel strategy equal to one device: values, gradients, collectives.",
+        example="gcompute certify --html certificate.html",
+    ),
     "machine": Entry(
         about="Show the devices and memory here, and measure their roofline.",
         example="gcompute machine --json",

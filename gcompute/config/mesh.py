@@ -66,7 +66,7 @@ class MeshShape:
     @property
     def batch_shards(self) -> int:
         """Over how many shards the batch dim is split."""
-        return self.data * self.fsdp
+        return self.data * self.fsdp * self.expert
 
     def __str__(self) -> str:
         return ",".join(f"{axis}={self.size(axis)}" for axis in Axis if self.size(axis) > 1) or "data=1"

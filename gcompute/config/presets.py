@@ -2,6 +2,7 @@
 
 Sources: GPT-2: Radford et al. 2019, table 2, and the released hparams. Llama 3: "The Llama 3 Herd of Models",
 arXiv:2407.21783, table 3. Qwen3: the released config.json of Qwen/Qwen3-0.6B. TinyLlama: arXiv:2401.02385.
+Mixtral: Jiang et al. 2024, arXiv:2401.04088, table 1, and the released config.json. Qwen3-30B-A3B: its config.json.
 Baby GPT and its small CPU setting: nanoGPT, config/train_shakespeare_char.py and README.
 """
 
@@ -32,6 +33,9 @@ PRESETS: dict[str, ModelConfig] = {
     "test-tiny": ModelConfig(vocab=64, layers=1, dim=16, heads=2, ffn=64, context=32),
     "test": ModelConfig(vocab=64, layers=2, dim=32, heads=4, kv_heads=2, ffn=64, context=32),
     "test-gpt2": _gpt2(vocab=64, layers=2, dim=32, heads=4, context=32),
+    "test-moe": ModelConfig(
+        vocab=64, layers=2, dim=32, heads=4, kv_heads=2, ffn=48, context=32, experts=4, capacity_factor=1.25
+    ),
     "demo": ModelConfig(vocab=4096, layers=4, dim=256, heads=4, ffn=704, context=256),
     "nano-small": _nano(layers=4, dim=128, heads=4, context=64),
     "nano-baby": _nano(layers=6, dim=384, heads=6, context=256),
@@ -57,6 +61,34 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "tinyllama-1.1b": ModelConfig(
         vocab=32000, layers=22, dim=2048, heads=32, kv_heads=4, ffn=5632, context=2048, tied=False
+    ),
+    "qwen3-30b-a3b": ModelConfig(
+        vocab=151936,
+        layers=48,
+        dim=2048,
+        heads=32,
+        kv_heads=4,
+        head_dim=128,
+        ffn=768,
+        context=40960,
+        rope_theta=1000000.0,
+        norm_eps=1e-6,
+        qk_norm=True,
+        tied=False,
+        experts=128,
+        experts_per_token=8,
+    ),
+    "mixtral-8x7b": ModelConfig(
+        vocab=32000,
+        layers=32,
+        dim=4096,
+        heads=32,
+        kv_heads=8,
+        ffn=14336,
+        context=32768,
+        rope_theta=1000000.0,
+        tied=False,
+        experts=8,
     ),
     "llama3-8b": _llama3(layers=32, dim=4096, heads=32, ffn=14336),
     "llama3-70b": _llama3(layers=80, dim=8192, heads=64, ffn=28672),

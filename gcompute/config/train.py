@@ -9,6 +9,9 @@ from gcompute.config.model import ModelConfig
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "adam", "nadamw", "lamb", "sgd")
 REMAT_POLICIES = ("none", "dots", "full")
 PRECISIONS = ("float32", "bfloat16")
+PIPELINE_SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero-bubble")
+CONTEXT_ATTENTIONS = ("ring", "ulysses")
+MOST_ZERO = 2
 MOST_SEED = 2**32 - 1
 # Indices of tokens within a batch are int32.
 MOST_TOKENS_PER_STEP = 2**31 - 1
@@ -64,8 +67,17 @@ class TrainConfig:
         None, "microbatches a step (default: as many as keep one near the cache on CPU, 1 elsewhere)"
     )
     mesh: MeshShape | None = option(None, "mesh axes and sizes, as in data=2,fsdp=4 (default: all devices on data)")
+    zero: int = option(
+        0, "what the data axis splits besides the batch: 1 optimizer state, 2 gradients too (the fsdp axis is ZeRO-3)"
+    )
+    sequence_parallel: bool = option(
+        True, "with tensor > 1, split activations between blocks along the sequence, where it divides"
+    )
+    context_attention: str = option("ring", "how the context axis attends", choices=CONTEXT_ATTENTIONS)
+    pipeline_schedule: str = option("1f1b", "order of the pipeline's work", choices=PIPELINE_SCHEDULES)
+    pipeline_chunks: int = option(1, "model chunks a pipeline stage, above 1 with the interleaved schedule")
     precision: str = option("bfloat16", "dtype of matmul operands; results are float32", choices=PRECISIONS)
-    residual: str = option("float32", "dtype of the residual stream", choices=PRECISIONS)
+    residual: str = option("float32", "dtype of the residual stream and feed-forward activations", choices=PRECISIONS)
     remat: str = option("none", "what the backward pass recomputes", choices=REMAT_POLICIES)
     unroll: int | None = option(None, "layers a scan step (default: all on CPU, 1 elsewhere)")
     seed: int = option(0, "seed of the initial values and of the order of the data")
@@ -92,9 +104,17 @@ class TrainConfig:
                 "keep",
                 "log_every",
                 "dispatch_steps",
+                "pipeline_chunks",
             ),
-            at_least_zero=("seed", "eval_every", "checkpoint_every"),
+            at_least_zero=("seed", "eval_every", "checkpoint_every", "zero"),
         )
+        if self.zero > MOST_ZERO:
+            raise ValueError(f"zero must be 0, 1 or 2, got {self.zero}: the third stage is the mesh axis fsdp.")
+        if (self.pipeline_schedule == "interleaved") != (self.pipeline_chunks > 1):
+            raise ValueError(
+                f"pipeline_schedule={self.pipeline_schedule} and pipeline_chunks={self.pipeline_chunks} do not go"
+                " together: the interleaved schedule has at least 2 chunks a stage, the others 1."
+            )
         if self.seed > MOST_SEED:
             raise ValueError(f"seed must be at most {MOST_SEED}, got {self.seed}.")
         if self.accumulation and self.batch % self.accumulation:

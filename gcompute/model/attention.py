@@ -1,14 +1,21 @@
 """Causal grouped-query attention, with or without a key/value cache."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from gcompute.config.mesh import Axis
 from gcompute.config.model import ModelConfig
 from gcompute.model.kv_cache import write
 from gcompute.model.layers import INIT_STD, RMSNorm, constant, matrix, rotate
 from gcompute.model.matmul import linear, scores, weighted_sum
+from gcompute.model.splash import splash_attention
+from gcompute.parallel.placement import Placement, constrain
+from gcompute.parallel.ring_attention import ring_attention
+from gcompute.parallel.ulysses import ulysses_attention
 
 # Finite, so that a row with no visible key gives a uniform distribution and not NaN.
 MASKED = -1e30
@@ -40,6 +47,40 @@ def attend(
     return o_BKQH.reshape(b, k, groups, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
+def causal_attention(
+    q_BTNH: Float[Array, "b t n h"],
+    k_BTKH: Float[Array, "b t k h"],
+    v_BTKH: Float[Array, "b t k h"],
+    *,
+    compute: jnp.dtype,
+    kernel: str,
+    placement: Placement | None,
+) -> Float[Array, "b t n h"]:
+    """Attention of whole sequences to themselves, by the means that the mesh and the backend call for.
+
+    With a context axis, each device has a piece of every sequence and they attend by a ring or by all-to-all. The
+    compiler splits plain attention over batch and heads by itself; a kernel it cannot split.
+    """
+
+    def whole(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> Array:
+        if kernel == "splash":
+            return splash_attention(q_BTNH, k_BTKH, v_BTKH, compute)
+        slots_T = jnp.arange(q_BTNH.shape[1])
+        return attend(q_BTNH, k_BTKH, v_BTKH, (slots_T <= slots_T[:, None])[None], compute)
+
+    if placement is None or (kernel == "xla" and placement.shape.context == 1):
+        return whole(q_BTNH, k_BTKH, v_BTKH)
+    if placement.shape.context == 1:
+        local = whole
+    elif placement.context_attention == "ring":
+        local = partial(ring_attention, axis=Axis.CONTEXT, layout=placement.layout, compute=compute)
+    else:
+        local = partial(ulysses_attention, axis=Axis.CONTEXT, layout=placement.layout, attend=whole)
+    # A kernel's results carry no note of the axes that they vary over, so JAX cannot check them.
+    island = placement.island(local, ("BTNH", "BTKH", "BTKH"), "BTNH", check_vma=kernel == "xla")
+    return island(q_BTNH, k_BTKH, v_BTKH)
+
+
 class Attention(nnx.Module):
     """Projections to q, k and v, positions, attention, and the projection back."""
 
@@ -64,26 +105,28 @@ class Attention(nnx.Module):
         rotary: Float[Array, "2 #b t half"] | None,
         cache: tuple[Array, Array] | None,
         compute: jnp.dtype,
+        kernel: str = "xla",
+        placement: Placement | None = None,
     ) -> tuple[Float[Array, "b t d"], tuple[Array, Array] | None]:
         b, t, _ = x_BTD.shape
-        q_BTNH = self._project(x_BTD, self.q_DNH, self.q_bias_NH, compute)
-        k_BTKH = self._project(x_BTD, self.k_DKH, self.k_bias_KH, compute)
-        v_BTKH = self._project(x_BTD, self.v_DKH, self.v_bias_KH, compute)
+        q_BTNH = constrain(placement, self._project(x_BTD, self.q_DNH, self.q_bias_NH, compute), "BTNH")
+        k_BTKH = constrain(placement, self._project(x_BTD, self.k_DKH, self.k_bias_KH, compute), "BTKH")
+        v_BTKH = constrain(placement, self._project(x_BTD, self.v_DKH, self.v_bias_KH, compute), "BTKH")
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if rotary is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, rotary), rotate(k_BTKH, rotary)
         if cache is None:
-            keys_BSKH, values_BSKH = k_BTKH, v_BTKH
-            slots_S = jnp.arange(t)
-            visible_BTS = (slots_S <= slots_S[:, None])[None]
+            o_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, compute=compute, kernel=kernel, placement=placement)
+            # Its gradient too is split by heads: it arrives split by sequence.
+            o_BTNH = constrain(placement, o_BTNH, "BTNH")
         else:
             keys_BSKH, values_BSKH = cache = (
                 write(cache[0], k_BTKH, positions_BT),
                 write(cache[1], v_BTKH, positions_BT),
             )
             visible_BTS = jnp.arange(keys_BSKH.shape[1]) <= positions_BT[..., None]
-        o_BTNH = attend(q_BTNH, keys_BSKH, values_BSKH, visible_BTS, compute)
+            o_BTNH = attend(q_BTNH, keys_BSKH, values_BSKH, visible_BTS, compute)
         out_BTD = linear(o_BTNH.reshape(b, t, -1), self.o_NHD[...].reshape(-1, x_BTD.shape[-1]), compute)
         return out_BTD if self.o_bias_D is None else out_BTD + self.o_bias_D[...], cache
 

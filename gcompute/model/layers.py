@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from gcompute.config.model import ModelConfig
 from gcompute.model.matmul import linear
+from gcompute.parallel.einsum import accumulator
+from gcompute.parallel.placement import Placement, constrain
 
 INIT_STD = 0.02
 
@@ -119,12 +121,26 @@ class FeedForward(nnx.Module):
         self.down_bias_D = constant("D", (d,), 0.0) if config.bias else None
         self.act = activation(config.activation)
 
-    def __call__(self, x_BTD: Float[Array, "b t d"], compute: jnp.dtype) -> Float[Array, "b t d"]:
-        up_BTF = _with_bias(linear(x_BTD, self.up_DF[...], compute), self.up_bias_F)
+    def __call__(
+        self,
+        x_BTD: Float[Array, "b t d"],
+        compute: jnp.dtype,
+        placement: Placement | None = None,
+        residual: jnp.dtype | None = None,
+    ) -> Float[Array, "b t d"]:
+        """`residual`: as in Execution; arrays of F are kept in it, and the nonlinearity is computed wide."""
+
+        def kept(x_BTF: Array) -> Array:
+            return x_BTF if residual is None else x_BTF.astype(residual)
+
+        up_BTF = kept(_with_bias(linear(x_BTD, self.up_DF[...], compute), self.up_bias_F))
+        wide = accumulator(compute)
         if self.gate_DF is None:
-            hidden_BTF = self.act(up_BTF)
+            hidden_BTF = self.act(up_BTF.astype(wide))
         else:
-            hidden_BTF = self.act(_with_bias(linear(x_BTD, self.gate_DF[...], compute), self.gate_bias_F)) * up_BTF
+            gate_BTF = kept(_with_bias(linear(x_BTD, self.gate_DF[...], compute), self.gate_bias_F))
+            hidden_BTF = self.act(gate_BTF.astype(wide)) * up_BTF.astype(wide)
+        hidden_BTF = constrain(placement, kept(hidden_BTF), "BTF")
         return _with_bias(linear(hidden_BTF, self.down_FD[...], compute), self.down_bias_D)
 
 

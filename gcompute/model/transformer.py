@@ -6,7 +6,7 @@ keeps a key/value cache in place. Flax holds the modules; nothing above this pac
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,7 +18,14 @@ from gcompute.config.model import ModelConfig
 from gcompute.model.attention import Attention
 from gcompute.model.kv_cache import KVCache
 from gcompute.model.layers import FeedForward, make_norm, matrix, rotary_table
-from gcompute.model.matmul import MATMUL, accumulator, linear, linear_transposed
+from gcompute.model.matmul import MATMUL, linear, linear_transposed
+from gcompute.model.moe import MoE
+from gcompute.model.vocabulary import look_up, output_losses
+from gcompute.parallel.einsum import accumulator
+from gcompute.parallel.expert import RouterStats
+from gcompute.parallel.placement import Placement, constrain
+from gcompute.parallel.ring_attention import RING_ATTENTION
+from gcompute.parallel.rules import RULES
 
 Params = dict[str, Any]
 
@@ -27,15 +34,18 @@ Params = dict[str, Any]
 class Execution:
     """How a forward pass is carried out; it changes rounding, memory and speed, not the function.
 
-    compute: dtype of matmul operands. residual: dtype of the stream between blocks. remat: what the backward pass
-    recomputes: "none", "dots" (all but matmul results) or "full" (all but the inputs of blocks). unroll: layers a
-    scan step; at least `layers` means no scan.
+    compute: dtype of matmul operands. residual: dtype of the stream between blocks and of feed-forward activations.
+    remat: what the backward pass recomputes: "none", "dots" (all but matmul results) or "full" (all but the inputs of
+    blocks). unroll: layers a scan step; at least `layers` means no scan. kernel: what computes attention over whole
+    sequences, "xla" or "splash". placement: the mesh, or None on one device.
     """
 
     compute: Any = jnp.bfloat16
     residual: Any = jnp.float32
     remat: str = "none"
     unroll: int = 1
+    kernel: str = "xla"
+    placement: Placement | None = None
 
 
 class Block(nnx.Module):
@@ -45,7 +55,7 @@ class Block(nnx.Module):
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = make_norm(config)
-        self.mlp = FeedForward(config, rngs=rngs)
+        self.mlp = MoE(config, rngs=rngs) if config.experts else FeedForward(config, rngs=rngs)
 
     def __call__(
         self,
@@ -54,107 +64,189 @@ class Block(nnx.Module):
         positions_BT: Int[Array, "#b t"],
         rotary: Array | None,
         cache: tuple[Array, Array] | None,
-        compute: jnp.dtype,
-    ) -> tuple[Float[Array, "b t d"], tuple[Array, Array] | None]:
+        execution: Execution,
+    ) -> tuple[Float[Array, "b t d"], tuple[Array, Array] | None, RouterStats | None]:
+        compute, placement = execution.compute, execution.placement
+
+        def branch_input(norm: Any, branch: Any) -> Array:
+            # Norms run on shards of the stream; the products after them see the whole sequence of a context shard.
+            if placement is None or not placement.sequence_parallel or isinstance(branch, MoE):
+                return constrain(placement, norm(x_BTD), "BTD")
+            return _whole_sequence(norm(x_BTD), placement, compute)
+
+        def joined(y_BTD: Array) -> Array:
+            return constrain(placement, x_BTD + constrain(placement, y_BTD.astype(x_BTD.dtype), "BRD"), "BRD")
+
         mixed_BTD, cache = self.attention(
-            self.attention_norm(x_BTD), positions_BT=positions_BT, rotary=rotary, cache=cache, compute=compute
+            branch_input(self.attention_norm, self.attention),
+            positions_BT=positions_BT,
+            rotary=rotary,
+            cache=cache,
+            compute=compute,
+            kernel=execution.kernel,
+            placement=placement,
         )
-        x_BTD = x_BTD + mixed_BTD.astype(x_BTD.dtype)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD), compute).astype(x_BTD.dtype), cache
+        x_BTD = joined(mixed_BTD)
+        fed_BTD, stats = branch_input(self.mlp_norm, self.mlp), None
+        if isinstance(self.mlp, MoE):
+            fed_BTD, stats = self.mlp(fed_BTD, compute, placement)
+        else:
+            fed_BTD = self.mlp(fed_BTD, compute, placement, execution.residual)
+        return joined(fed_BTD), cache, stats
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _whole_sequence(x_BTD: Array, placement: Placement, compute: jnp.dtype) -> Array:
+    """The shards of a sequence gathered for products in `compute`: rounded to it to travel, which they would be anyway.
+
+    Not for a router, whose product is wider. Gradients are summed wide.
+    """
+    return placement.constrain(placement.constrain(x_BTD.astype(compute), "BRD"), "BTD").astype(x_BTD.dtype)
+
+
+def _whole_sequence_forward(x_BTD: Array, placement: Placement, compute: jnp.dtype) -> tuple[Array, None]:
+    return _whole_sequence(x_BTD, placement, compute), None
+
+
+def _whole_sequence_backward(placement: Placement, compute: jnp.dtype, saved: None, dy_BTD: Array) -> tuple[Array]:
+    return (placement.constrain(dy_BTD, "BRD"),)
+
+
+_whole_sequence.defvjp(_whole_sequence_forward, _whole_sequence_backward)
 
 
 class Transformer(nnx.Module):
-    """The whole decoder. `stacked`: one Block whose parameters have a leading L dim, else a list of L Blocks."""
+    """The parameters of the whole decoder, and its two ends; `run_blocks` runs what lies between.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stacked: bool = True):
+    blocks: "stacked", one Block whose parameters have a leading L dim, or "none", for the ends alone.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, blocks: str = "stacked"):
         self.config = config
         self.embedding_VD = matrix("VD", (config.vocab, config.dim), rngs)
         learned = config.positions == "learned"
         self.positions_TD = matrix("TD", (config.context, config.dim), rngs) if learned else None
-        self.blocks: Any
-        if stacked:
+        if blocks == "stacked":
             keys = jax.random.split(rngs.params(), config.layers)
             self.blocks = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
-        else:
-            self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
         self.norm = make_norm(config)
         self.head_DV = None if config.tied else matrix("DV", (config.dim, config.vocab), rngs)
 
-    def __call__(
-        self,
-        tokens_BT: Int[Array, "b t"],
-        *,
-        execution: Execution,
-        positions_BT: Int[Array, "b t"] | None = None,
-        cache: KVCache | None = None,
-        logits_at_B: Int[Array, "b"] | None = None,
-    ) -> tuple[Float[Array, "b t v"] | Float[Array, "b v"], KVCache | None]:
-        config = self.config
-        if positions_BT is None:
-            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        x_BTD = self.embedding_VD[...][tokens_BT]
+    def embed(self, tokens_BT: Int[Array, "b t"], positions_BT: Int[Array, "#b t"], execution: Execution) -> Array:
+        x_BTD = look_up(self.embedding_VD[...], tokens_BT, execution.placement)
         if self.positions_TD is not None:
             x_BTD = x_BTD + self.positions_TD[...][positions_BT]
-        x_BTD = x_BTD.astype(execution.residual)
-        rotary = None
-        if config.positions == "rope":
-            rotary = rotary_table(positions_BT, config.head_size, config.rope_theta, accumulator(execution.compute))
-        if isinstance(self.blocks, nnx.List):
-            x_BTD, cache = self._loop(x_BTD, execution, positions_BT, rotary, cache)
-        elif cache is None:
-            x_BTD = self._scan(x_BTD, execution, positions_BT, rotary)
-        else:
-            raise ValueError("a key/value cache needs unstacked blocks: pass params through unstack() first.")
-        if logits_at_B is not None:
-            x_BTD = jnp.take_along_axis(x_BTD, logits_at_B[:, None, None], axis=1)
-        x_BTD = self.norm(x_BTD)
+        return constrain(execution.placement, x_BTD.astype(execution.residual), "BRD")
+
+    def unembed(self, x_BTD: Float[Array, "b t d"], execution: Execution) -> Float[Array, "b t v"]:
+        x_BTD = constrain(execution.placement, self.norm(x_BTD), "BTD")
         if self.head_DV is None:
             logits_BTV = linear_transposed(x_BTD, self.embedding_VD[...], execution.compute)
         else:
             logits_BTV = linear(x_BTD, self.head_DV[...], execution.compute)
-        return logits_BTV if logits_at_B is None else logits_BTV[:, 0], cache
+        return constrain(execution.placement, logits_BTV, "BTV")
 
-    def _loop(
-        self, x_BTD: Array, execution: Execution, positions_BT: Array, rotary: Array | None, cache: KVCache | None
-    ) -> tuple[Array, KVCache | None]:
-        caches = []
-        for layer, block in enumerate(self.blocks):
-            graphdef, state = nnx.split(block)
-            run = _run_block(graphdef, execution)
-            layer_cache = None if cache is None else (cache.k[layer], cache.v[layer])
-            x_BTD, layer_cache = run(state, x_BTD, positions_BT, rotary, layer_cache)
-            caches.append(layer_cache)
-        if cache is not None:
-            cache = KVCache(k=tuple(k for k, _ in caches), v=tuple(v for _, v in caches))
-        return x_BTD, cache
-
-    def _scan(self, x_BTD: Array, execution: Execution, positions_BT: Array, rotary: Array | None) -> Array:
-        graphdef, states = nnx.split(self.blocks)
-        run = _run_block(graphdef, execution)
-
-        def step(x_BTD: Array, state: nnx.State) -> tuple[Array, None]:
-            return run(state, x_BTD, positions_BT, rotary, None)[0], None
-
-        return jax.lax.scan(step, x_BTD, states, unroll=execution.unroll)[0]
+    def losses(
+        self, x_BTD: Float[Array, "b t d"], targets_BT: Int[Array, "b t"], execution: Execution
+    ) -> Float[Array, "b t"]:
+        """Cross-entropy of each target in nats under the logits that `unembed` gives."""
+        weight = self.embedding_VD if self.head_DV is None else self.head_DV
+        return output_losses(
+            constrain(execution.placement, self.norm(x_BTD), "BTD"),
+            weight[...],
+            targets_BT,
+            tied=self.head_DV is None,
+            compute=execution.compute,
+            placement=execution.placement,
+        )
 
 
-def _run_block(graphdef: nnx.GraphDef, execution: Execution) -> Any:
-    def run(state: nnx.State, x_BTD: Array, positions_BT: Array, rotary: Array | None, cache: Any) -> Any:
-        block = nnx.merge(graphdef, state)
-        return block(x_BTD, positions_BT=positions_BT, rotary=rotary, cache=cache, compute=execution.compute)
+def run_blocks(
+    blocks: dict[Any, Any],
+    x_BTD: Float[Array, "b t d"],
+    positions_BT: Int[Array, "#b t"],
+    *,
+    config: ModelConfig,
+    execution: Execution,
+    cache: KVCache | None = None,
+) -> tuple[Float[Array, "b t d"], KVCache | None, RouterStats | None]:
+    """The stream after all of `blocks`, the cache with the new keys and values, and what the routers did, summed.
+
+    `blocks` are stacked, any number of them (a pipeline stage has some), or one dict a layer.
+    """
+    rotary = None
+    if config.positions == "rope":
+        rotary = rotary_table(positions_BT, config.head_size, config.rope_theta, accumulator(execution.compute))
+    graphdef = _block_graphdef(config)
+
+    def run(params: Params, x_BTD: Array, positions_BT: Array, rotary: Array | None, cache: Any) -> Any:
+        block = nnx.merge(graphdef, pinned(execution.placement, params, _block_dims(config)))
+        return block(x_BTD, positions_BT=positions_BT, rotary=rotary, cache=cache, execution=execution)
 
     if execution.remat == "full":
-        return jax.checkpoint(run)
-    if execution.remat == "dots":
-        return jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(MATMUL))
-    return run
+        run = jax.checkpoint(run)
+    elif execution.remat == "dots":
+        run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(MATMUL, RING_ATTENTION))
+
+    if 0 not in blocks:
+        if cache is not None:
+            raise ValueError("a key/value cache needs unstacked blocks: pass params through unstack() first.")
+
+        def step(x_BTD: Array, params: Params) -> tuple[Array, RouterStats | None]:
+            x_BTD, _, stats = run(params, x_BTD, positions_BT, rotary, None)
+            return x_BTD, stats
+
+        num_layers = jax.tree.leaves(blocks)[0].shape[0]
+        x_BTD, stats = jax.lax.scan(step, x_BTD, blocks, unroll=min(execution.unroll, num_layers))
+        return x_BTD, None, jax.tree.map(lambda a: a.sum(axis=0), stats)
+    caches, all_stats = [], []
+    for layer in range(len(blocks)):
+        layer_cache = None if cache is None else (cache.k[layer], cache.v[layer])
+        x_BTD, layer_cache, stats = run(blocks[layer], x_BTD, positions_BT, rotary, layer_cache)
+        caches.append(layer_cache)
+        all_stats.append(stats)
+    if cache is not None:
+        cache = KVCache(k=tuple(k for k, _ in caches), v=tuple(v for _, v in caches))
+    return x_BTD, cache, jax.tree.map(lambda *several: sum(several), *all_stats)
+
+
+def pinned(placement: Placement | None, params: Params, dims: Params) -> Params:
+    """The same parameters, held to the layout of their rules where they are used, and with them their gradients.
+
+    Left free, XLA may sum a gradient whole on every device before it keeps a shard of it.
+    """
+    if placement is None:
+        return params
+    return jax.tree.map(lambda leaf, letters: placement.constrain(leaf, letters, RULES), params, dims)
 
 
 @cache
-def _split(config: ModelConfig, stacked: bool) -> tuple[nnx.GraphDef, nnx.State]:
+def _block_dims(config: ModelConfig) -> Params:
+    """The dims of one block's parameters."""
+    return jax.tree.map(lambda dims: dims.removeprefix("L"), param_dims(config)["blocks"])
+
+
+@cache
+def _block_graphdef(config: ModelConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))[0]
+
+
+@cache
+def _split(config: ModelConfig, blocks: str = "stacked") -> tuple[nnx.GraphDef, nnx.State]:
     """The module's structure and its abstract state, without computing a value."""
-    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), stacked=stacked))
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), blocks=blocks))
     return nnx.split(abstract)
+
+
+def without_blocks(params: Params) -> Params:
+    """What the two ends of the decoder have of its parameters."""
+    return {name: value for name, value in params.items() if name != "blocks"}
+
+
+def ends(params: Params, config: ModelConfig, placement: Placement | None = None) -> Transformer:
+    """The decoder's two ends, to `embed` and `unembed` with; `params` may be without blocks."""
+    graphdef, _ = _split(config, "none")
+    return nnx.merge(graphdef, pinned(placement, without_blocks(params), without_blocks(param_dims(config))))
 
 
 def init(config: ModelConfig, key: Array) -> Params:
@@ -164,7 +256,7 @@ def init(config: ModelConfig, key: Array) -> Params:
 
 def abstract_params(config: ModelConfig) -> Params:
     """The tree of `init` with a jax.ShapeDtypeStruct for each array."""
-    return nnx.to_pure_dict(_split(config, True)[1])
+    return nnx.to_pure_dict(_split(config)[1])
 
 
 def param_dims(config: ModelConfig) -> Params:
@@ -174,7 +266,7 @@ def param_dims(config: ModelConfig) -> Params:
         own = variable.get_metadata()["dims"]
         return "L" + own if path[0] == "blocks" else own
 
-    flat: dict[Any, str] = {path: dims(path, variable) for path, variable in nnx.to_flat_state(_split(config, True)[1])}
+    flat: dict[Any, str] = {path: dims(path, variable) for path, variable in nnx.to_flat_state(_split(config)[1])}
     nested: Params = {}
     for path, value in flat.items():
         node = nested
@@ -224,9 +316,40 @@ def forward(
     `positions_BT` and each query sees the cache's slots up to its own position. `logits_at_B` picks one index of T a
     row before the output layer, so that a prefill does not compute the logits of a whole prompt.
     """
-    stacked = 0 not in params["blocks"]
-    if stacked and cache is None and execution.unroll >= config.layers:
-        params, stacked = unstack(params, config), False
-    graphdef, _ = _split(config, stacked)
-    model: Transformer = nnx.merge(graphdef, params)
-    return model(tokens_BT, execution=execution, positions_BT=positions_BT, cache=cache, logits_at_B=logits_at_B)
+    if cache is None and execution.unroll >= config.layers:
+        params = unstack(params, config)
+    if positions_BT is None:
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    model = ends(params, config, execution.placement)
+    x_BTD, cache, _ = run_blocks(
+        params["blocks"],
+        model.embed(tokens_BT, positions_BT, execution),
+        positions_BT,
+        config=config,
+        execution=execution,
+        cache=cache,
+    )
+    if logits_at_B is not None:
+        x_BTD = jnp.take_along_axis(x_BTD, logits_at_B[:, None, None], axis=1)
+    logits_BTV = model.unembed(x_BTD, execution)
+    return logits_BTV if logits_at_B is None else logits_BTV[:, 0], cache
+
+
+def forward_losses(
+    params: Params,
+    tokens_BT: Int[Array, "b t"],
+    targets_BT: Int[Array, "b t"],
+    *,
+    config: ModelConfig,
+    execution: Execution,
+    positions_BT: Int[Array, "#b t"] | None = None,
+) -> tuple[Float[Array, "b t"], RouterStats | None]:
+    """Cross-entropy of each target in nats, and what the routers of a mixture of experts did, summed over layers."""
+    if execution.unroll >= config.layers:
+        params = unstack(params, config)
+    if positions_BT is None:
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    model = ends(params, config, execution.placement)
+    x_BTD = model.embed(tokens_BT, positions_BT, execution)
+    x_BTD, _, stats = run_blocks(params["blocks"], x_BTD, positions_BT, config=config, execution=execution)
+    return model.losses(x_BTD, targets_BT, execution), stats

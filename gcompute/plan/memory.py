@@ -8,11 +8,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from gcompute.config.fields import nearest
-from gcompute.config.mesh import Axis, MeshShape
+from gcompute.config.mesh import MeshShape
 from gcompute.config.model import ModelConfig
 from gcompute.config.train import OPTIMIZERS, PRECISIONS, REMAT_POLICIES
+from gcompute.plan.legal import check_mesh
 from gcompute.plan.params import WeightArray, weight_arrays
 
 FLOAT32_BYTES = 4
@@ -21,6 +23,8 @@ ADAFACTOR_SMALLEST_DIM = 128
 # Arrays of D that differentiating a norm keeps: its input (centred), the normalised input, and the scaled result.
 NORM_KEEPS = 3
 MASK_BYTES = 5
+# Several times what keeps a matmul busy, and little beside a model whose vocabulary makes it matter.
+LOGITS_BYTES = 2**29
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,16 +73,16 @@ def train_memory(
     """Predict the bytes that one train step needs on the fullest device. A prediction from formulae.
 
     With P parameters on the device (see `array_shards`), p bytes an operand (2 in bfloat16) and
-    t = batch seq / (accumulation data fsdp context) tokens of one microbatch on the device:
+    t = batch seq / (accumulation data fsdp expert context) tokens of one microbatch on the device:
 
     - parameters, gradients: 4 P each; the accumulator 4 P more where accumulation > 1.
     - optimizer: `optimizer_state_values` values of 4 bytes.
     - compute copies: p P of the matrices where p = 2, and with fsdp > 1 the largest gathered block (or output layer).
     - activations: t L / stage times `kept_bytes_per_token`, for min(stage, accumulation) microbatches in flight; once
       t 12 D for the final norm and t 5 N seq for the mask, spread over batch and heads, and the zeros it selects from.
-    - workspace: 4 t times the larger of two arrays of scores and (matrices up + 1) of F, the gradients at the widest
-      place of a block, and with remat what a block keeps without it, recomputed.
-    - logits: t 8 V: float32 exponentials, and the gradient.
+    - workspace: 4 t times the larger of two arrays of scores and (matrices up + 1) of F for each of `rows_per_token`,
+      the gradients at the widest place of a block, and with remat what a block keeps without it, recomputed.
+    - logits: t 8 V / `loss_chunks`: float32 exponentials, and the gradient.
 
     It describes blocks run by a scan. With the blocks unrolled, remat saves nothing under XLA on CPU (jax 0.10.2).
 
@@ -95,7 +99,7 @@ def train_memory(
     check_known("precision", precision, PRECISIONS)
     check_known("residual", residual, PRECISIONS)
     check_known("remat", remat, REMAT_POLICIES)
-    check_divides(config, batch=batch, seq=seq, accumulation=accumulation, mesh=mesh)
+    check_mesh(config, mesh, batch=batch, seq=seq, accumulation=accumulation)
 
     arrays = weight_arrays(config)
     operand = OPERAND_BYTES[precision]
@@ -105,14 +109,17 @@ def train_memory(
     layers_here = config.layers // mesh.stage
     in_flight = min(mesh.stage, accumulation)
     heads, ffn = config.heads // mesh.tensor, config.ffn_size // mesh.tensor
+    vocab = config.vocab // mesh.tensor
     kept_bytes = {
         policy: local_tokens
-        * kept_bytes_per_token(config, seq=seq, remat=policy, tensor=mesh.tensor, residual=residual)
+        * kept_bytes_per_token(
+            config, seq=seq, remat=policy, tensor=mesh.tensor, residual=residual, precision=precision
+        )
         for policy in REMAT_POLICIES
     }
     final_norm_bytes = local_tokens * FLOAT32_BYTES * NORM_KEEPS * config.dim
     mask_bytes = local_tokens * MASK_BYTES * heads * seq
-    gradients_here = max(2 * heads * seq, (num_up_matrices(config) + 1) * ffn)
+    gradients_here = max(2 * heads * seq, math.ceil((num_up_matrices(config) + 1) * ffn * rows_per_token(config, seq)))
     return TrainMemory(
         parameters_bytes=FLOAT32_BYTES * num_params,
         gradients_bytes=FLOAT32_BYTES * num_params,
@@ -121,8 +128,20 @@ def train_memory(
         compute_copies_bytes=compute_copies_bytes(arrays, operand=operand, mesh=mesh, tied=config.tied),
         activations_bytes=in_flight * layers_here * kept_bytes[remat] + final_norm_bytes + mask_bytes,
         workspace_bytes=FLOAT32_BYTES * local_tokens * gradients_here + (kept_bytes["none"] if remat != "none" else 0),
-        logits_bytes=local_tokens * 2 * FLOAT32_BYTES * config.vocab // mesh.tensor,
+        logits_bytes=2 * FLOAT32_BYTES * local_tokens * vocab // loss_chunks(local_tokens, vocab),
     )
+
+
+def loss_chunks(num_tokens: int, vocab: int) -> int:
+    """In how many equal chunks the trainer takes a device's tokens to compute their losses.
+
+    The fewest that divide them and keep the float32 logits of one chunk within `LOGITS_BYTES`.
+
+    >>> loss_chunks(8192, 128256), loss_chunks(4096, 256)
+    (8, 1)
+    """
+    wanted = FLOAT32_BYTES * num_tokens * vocab / LOGITS_BYTES
+    return next((n for n in range(1, num_tokens) if num_tokens % n == 0 and n >= wanted), num_tokens)
 
 
 def num_up_matrices(config: ModelConfig) -> int:
@@ -134,46 +153,64 @@ def activation_keeps(config: ModelConfig) -> int:
     return {"swiglu": 6, "gelu": 2, "gelu_tanh": 6}[config.activation]
 
 
+def rows_per_token(config: ModelConfig, seq: int) -> Fraction:
+    """Rows that the feed-forward layers multiply for each token: E C / seq, empty places among them; 1 if dense."""
+    return Fraction(config.num_experts * config.capacity(seq), seq)
+
+
 def kept_bytes_per_token(
-    config: ModelConfig, *, seq: int, remat: str, tensor: int = 1, residual: str = "float32"
+    config: ModelConfig,
+    *,
+    seq: int,
+    remat: str,
+    tensor: int = 1,
+    residual: str = "float32",
+    precision: str = "bfloat16",
 ) -> int:
     """Bytes that one block keeps for its backward pass, per token; heads and F are divided by `tensor`.
 
-    With r bytes of residual stream, and 4 for all else, whatever the precision: operands are cast where they are used.
+    With r bytes of residual stream, and 4 for all else, whatever the precision: operands are cast where they are used,
+    but for the rows that experts get, of p bytes a value. F and what experts are given count `rows_per_token` times.
 
     - full: the block's input, r D.
     - dots: that, and the matmul results that the rest is recomputed from: (N + 2K) H for q, k, v; N seq for the scores;
-      N H and D for the attention and its projection; F (twice when gated).
+      N H and D for the attention and its projection; F (twice when gated); D for the experts' results.
     - none: what autodiff keeps of this block: 3 D for each of two norms (input, normalised, scaled); (N + 2K) H;
       2 N seq (exponentials and probabilities); N H; the feed-forward layer's `activation_keeps` of F; with q/k norms
-      2 (N + K) H more. Row statistics (one value a row) are left out.
+      2 (N + K) H more; with experts their rows, p D, and k D for the results that their weights multiply. Row
+      statistics (one value a row) and the tables of the routing, a few values for each expert, are left out.
     """
-    dim, head = config.dim, config.head_size
+    dim, head, rows = config.dim, config.head_size, rows_per_token(config, seq)
     heads, kv_heads, ffn = config.heads // tensor, config.num_kv_heads // tensor, config.ffn_size // tensor
     stream_bytes = OPERAND_BYTES[residual] * dim
     qkv = (heads + 2 * kv_heads) * head
     if remat == "full":
         return stream_bytes
     if remat == "dots":
-        results = qkv + heads * seq + heads * head + dim + num_up_matrices(config) * ffn
-        return stream_bytes + FLOAT32_BYTES * results
+        results = qkv + heads * seq + heads * head + dim + num_up_matrices(config) * ffn * rows
+        results += dim * rows if config.experts else 0
+        return stream_bytes + math.ceil(FLOAT32_BYTES * results)
     qk_norm = 2 * (heads + kv_heads) * head if config.qk_norm else 0
     attention = qkv + qk_norm + 2 * heads * seq + heads * head
-    return FLOAT32_BYTES * (2 * NORM_KEEPS * dim + attention + activation_keeps(config) * ffn)
+    fed = FLOAT32_BYTES * activation_keeps(config) * ffn * rows
+    if config.experts:
+        fed += OPERAND_BYTES[precision] * dim * rows + FLOAT32_BYTES * config.num_active_experts * dim
+    return FLOAT32_BYTES * (2 * NORM_KEEPS * dim + attention) + math.ceil(fed)
 
 
 def optimizer_state_values(array: WeightArray, optimizer: str) -> int:
     """How many float32 values the optimizer keeps for one array.
 
-    adam, adamw, nadamw and lamb: two moments. lion and sgd: one. muon: one for the blocks' matrices, which it
-    orthogonalises, and Adam's two for the rest. adafactor: a row and a column for an array whose two largest dims (the
-    stacked layers among them) are both at least 128, so size / largest + size / second; else the full second moment.
+    adam, adamw, nadamw and lamb: two moments. lion and sgd: one. muon: one for the blocks' matrices but routers, which
+    it orthogonalises, and Adam's two for the rest. adafactor: a row and a column for an array whose two largest dims
+    (the stacked layers among them) are both at least 128, so size / largest + size / second; else the full second
+    moment.
 
     Source: the states of optax; Adafactor: Shazeer and Stern 2018, arXiv:1804.04235, section 3.
     """
     if optimizer in ("lion", "sgd"):
         return array.num_params
-    if optimizer == "muon" and array.is_matrix:
+    if optimizer == "muon" and array.is_orthogonalised:
         return array.num_params
     if optimizer == "adafactor":
         *_, second, largest = (1, *sorted(array.shape))
@@ -183,10 +220,14 @@ def optimizer_state_values(array: WeightArray, optimizer: str) -> int:
 
 
 def array_shards(array: WeightArray, mesh: MeshShape) -> int:
-    """In how many pieces an array is split: fsdp splits D, tensor splits heads, F and V, stage the stacked layers."""
-    fsdp = mesh.fsdp if "D" in array.dims else 1
+    """In how many pieces an array is split: fsdp splits D, stage the stacked layers, and see `shards_in_use`."""
+    return shards_in_use(array, mesh) * (mesh.fsdp if "D" in array.dims else 1) * (mesh.stage if array.stacked else 1)
+
+
+def shards_in_use(array: WeightArray, mesh: MeshShape) -> int:
+    """In how many pieces a layer's array is still split while it is used: tensor splits heads, F and V; expert E."""
     tensor = mesh.tensor if set(array.dims) & set("NKFV") else 1
-    return fsdp * tensor * (mesh.stage if array.stacked else 1)
+    return tensor * (mesh.expert if "E" in array.dims else 1)
 
 
 def values_on_device(array: WeightArray, num_values: int, mesh: MeshShape) -> int:
@@ -195,8 +236,11 @@ def values_on_device(array: WeightArray, num_values: int, mesh: MeshShape) -> in
 
 
 def compute_copies_bytes(arrays: Sequence[WeightArray], *, operand: int, mesh: MeshShape, tied: bool) -> int:
-    """Bytes of the matrices cast to operands, plus what fsdp gathers to use at once: a block, or the output layer."""
-    multiplied = [array for array in arrays if array.is_matrix or array.component == "head"]
+    """Bytes of the matrices cast to operands, plus what fsdp gathers to use at once: a block, or the output layer.
+
+    A router, small, is used in float32.
+    """
+    multiplied = [array for array in arrays if array.is_orthogonalised or array.component == "head"]
     multiplied += [array for array in arrays if tied and array.component == "embedding"]
     cast = 0
     if operand != FLOAT32_BYTES:
@@ -204,30 +248,7 @@ def compute_copies_bytes(arrays: Sequence[WeightArray], *, operand: int, mesh: M
     gathered = 0
     if mesh.fsdp > 1:
         one_block = [array for array in multiplied if array.stacked]
-        block = sum(array.num_params // array.shape[0] // mesh.tensor for array in one_block)
-        output = sum(array.num_params // mesh.tensor for array in multiplied if not array.stacked)
+        block = sum(array.num_params // array.shape[0] // shards_in_use(array, mesh) for array in one_block)
+        output = sum(array.num_params // shards_in_use(array, mesh) for array in multiplied if not array.stacked)
         gathered = max(block, output)
     return operand * (cast + gathered)
-
-
-def check_divides(config: ModelConfig, *, batch: int, seq: int, accumulation: int, mesh: MeshShape) -> None:
-    """Raise ValueError where the mesh or the accumulation would cut something into unequal pieces."""
-    pieces = accumulation * mesh.batch_shards
-    if batch < 1 or seq < 1 or accumulation < 1:
-        raise ValueError(f"batch={batch}, seq={seq} and accumulation={accumulation} must all be at least 1.")
-    if batch % pieces:
-        raise ValueError(
-            f"batch={batch} does not divide into {pieces} pieces (accumulation={accumulation} x {Axis.DATA}={mesh.data}"
-            f" x {Axis.FSDP}={mesh.fsdp}). Use a multiple of {pieces}."
-        )
-    for axis, what, size in (
-        (Axis.TENSOR, "num_kv_heads", config.num_kv_heads),
-        (Axis.TENSOR, "ffn_size", config.ffn_size),
-        (Axis.TENSOR, "vocab", config.vocab),
-        (Axis.FSDP, "dim", config.dim),
-        (Axis.STAGE, "layers", config.layers),
-        (Axis.CONTEXT, "seq", seq),
-    ):
-        ways = mesh.size(axis)
-        if size % ways:
-            raise ValueError(f"--mesh {axis}={ways} does not divide {what}={size}. Use a divisor of {size}.")

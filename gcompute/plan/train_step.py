@@ -1,6 +1,7 @@
 """Predict the time of a train step: operations over the matmul ceiling, bytes over the memory bandwidth."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -24,9 +25,10 @@ class TrainFlops:
     """Matmul operations of one train step; a multiply and its add are two.
 
     `step_flops` = 6 P tokens + 12 L N H seq tokens, P the parameters multiplied by (the output layer among them, tied
-    or not): what the program computes when attention scores the whole square, without recomputation. It is also the
-    convention of our MFU. `attention_flops` is its second term. `causal_step_flops` counts only the scores s <= t that
-    the mask keeps: the least a causal model can do.
+    or not): what the program computes when attention scores the whole square, without recomputation. Of experts, P
+    holds the k that a token is sent to: the program multiplies their empty places too, `rows_per_token` / k times as
+    much, and those do not count. It is also the convention of our MFU. `attention_flops` is its second term.
+    `causal_step_flops` counts only the scores s <= t that the mask keeps: the least a causal model can do.
 
     Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
     """
@@ -111,18 +113,24 @@ class Pass:
 
 
 def block_matmuls(config: ModelConfig, *, batch: int, seq: int) -> tuple[Matmul, ...]:
-    """The forward matmuls of all blocks; the query heads of one key/value head make one tall matrix."""
+    """The forward matmuls of all blocks; the query heads of one key/value head make one tall matrix.
+
+    Every expert multiplies all of its places, empty ones too.
+    """
     tokens, dim, head, num = batch * seq, config.dim, config.head_size, config.layers
     group = config.heads // config.num_kv_heads
+    rows, experts = batch * config.capacity(seq), config.num_experts
     up = 2 if config.gated else 1
+    router = (Matmul(name="router", m=tokens, k=dim, n=experts, num=num),) if config.experts else ()
     return (
         Matmul(name="q", m=tokens, k=dim, n=config.heads * head, num=num),
         Matmul(name="k, v", m=tokens, k=dim, n=config.num_kv_heads * head, num=2 * num),
         Matmul(name="scores", m=group * seq, k=head, n=seq, batch=batch * config.num_kv_heads, num=num),
         Matmul(name="weighted sum", m=group * seq, k=seq, n=head, batch=batch * config.num_kv_heads, num=num),
         Matmul(name="o", m=tokens, k=config.heads * head, n=dim, num=num),
-        Matmul(name="up", m=tokens, k=dim, n=config.ffn_size, num=up * num),
-        Matmul(name="down", m=tokens, k=config.ffn_size, n=dim, num=num),
+        *router,
+        Matmul(name="up", m=rows, k=dim, n=config.ffn_size, batch=experts, num=up * num),
+        Matmul(name="down", m=rows, k=config.ffn_size, n=dim, batch=experts, num=num),
     )
 
 
@@ -136,6 +144,8 @@ def block_forward_passes(config: ModelConfig, *, batch: int, seq: int, precision
     stream, head = tokens * config.dim, config.head_size
     qk = tokens * (config.heads + config.num_kv_heads) * head
     up, keeps = num_up_matrices(config), activation_keeps(config)
+    fed, sent, chosen = _expert_values(config, batch, seq)
+    operand = OPERAND_BYTES[precision]
     rows = [
         ("norm: variance; normalise, scale", stream, 4 + (4 + 8 + cast), 2),
         ("q, k norm: variance; normalise", qk, 4 + (4 + 8) if config.qk_norm else 0, 1),
@@ -143,9 +153,12 @@ def block_forward_passes(config: ModelConfig, *, batch: int, seq: int, precision
         ("softmax: max; exp; sum; divide", _scores(config, batch, seq), 4 + (4 + 4) + 4 + (4 + 4 + cast), 1),
         ("attention result: tokens first", tokens * config.heads * head, 4 + 4 + cast, 1),
         ("residual add", stream, 4 + 4 + 4, 2),
-        ("activation", tokens * config.ffn_size, 4 * up + 4 * (keeps - up) + cast, 1),
+        ("dispatch: gather", sent, 4 + operand, 1),
+        ("activation", fed, 4 * up + 4 * (keeps - up) + cast, 1),
+        ("experts' results to operand", sent, 4 + cast if cast else 0, 1),
+        ("combine: gather; weigh, add", chosen, (operand + 4) + 4, 1),
     ]
-    return tuple(Pass(name=n, elements=e, bytes_each=b, num=num * times) for n, e, b, times in rows if b)
+    return tuple(Pass(name=n, elements=e, bytes_each=b, num=num * times) for n, e, b, times in rows if e and b)
 
 
 def block_backward_passes(config: ModelConfig, *, batch: int, seq: int, precision: str) -> tuple[Pass, ...]:
@@ -153,9 +166,14 @@ def block_backward_passes(config: ModelConfig, *, batch: int, seq: int, precisio
     cast, tokens, num = _cast_bytes(precision), batch * seq, config.layers
     stream, head = tokens * config.dim, config.head_size
     up, keeps = num_up_matrices(config), activation_keeps(config)
+    fed, sent, chosen = _expert_values(config, batch, seq)
+    operand = OPERAND_BYTES[precision]
     rows = [
         ("residual gradient to operand", stream, 4 + cast if cast else 0, 2),
-        ("activation gradient", tokens * config.ffn_size, 4 + 4 * keeps + (4 + cast) * up, 1),
+        ("combine gradient: weigh, row sums", chosen, 4 + 4 + operand, 1),
+        ("combine gradient: gather", sent, operand + operand, 1),
+        ("activation gradient", fed, 4 + 4 * keeps + (4 + cast) * up, 1),
+        ("dispatch gradient: gather, add", chosen, operand + 4, 1),
         ("attention gradient: heads first", tokens * config.heads * head, 4 + 4 + cast, 1),
         ("softmax gradient: row sums; scores", _scores(config, batch, seq), (4 + 4) + (4 + 4 + 4 + cast), 1),
         ("q, k, v gradient: tokens first", tokens * (config.heads + 2 * config.num_kv_heads) * head, 4 + 4 + cast, 1),
@@ -163,7 +181,7 @@ def block_backward_passes(config: ModelConfig, *, batch: int, seq: int, precisio
         ("sum of the gradients through up, gate", stream, 4 * 2 + 4 if config.gated else 0, 1),
         ("norm gradient: scale; row sums; add to residual gradient", stream, 8 + 8 + (4 + 4 + 4 + 4), 2),
     ]
-    return tuple(Pass(name=n, elements=e, bytes_each=b, num=num * times) for n, e, b, times in rows if b)
+    return tuple(Pass(name=n, elements=e, bytes_each=b, num=num * times) for n, e, b, times in rows if e and b)
 
 
 def ends_passes(config: ModelConfig, *, batch: int, seq: int, precision: str) -> tuple[Pass, ...]:
@@ -178,6 +196,14 @@ def ends_passes(config: ModelConfig, *, batch: int, seq: int, precision: str) ->
         Pass(name="cross-entropy: max; exp and sum", elements=logits, bytes_each=4 + (4 + 4)),
         Pass(name="cross-entropy gradient", elements=logits, bytes_each=4 + 4 + cast),
     )
+
+
+def _expert_values(config: ModelConfig, batch: int, seq: int) -> tuple[int, int, int]:
+    """Values of F in the feed-forward layers, then of D that experts are sent and of D that tokens get from them."""
+    rows = batch * config.num_experts * config.capacity(seq)
+    if config.experts is None:
+        return rows * config.ffn_size, 0, 0
+    return rows * config.ffn_size, rows * config.dim, batch * seq * config.num_active_experts * config.dim
 
 
 def _scores(config: ModelConfig, batch: int, seq: int) -> int:
@@ -260,7 +286,9 @@ def predict_train_step(
     passes += ends_passes(config, batch=micro, seq=seq, precision=precision)
     passes += forward_passes if remat != "none" else ()
     params = count_params(config)
-    once = _total_bytes([Pass(name="weights to operands", elements=params.matmul, bytes_each=4 + operand)])
+    num_cast = sum(array.num_params for array in weight_arrays(config) if array.is_orthogonalised)
+    num_cast += config.dim * config.vocab
+    once = _total_bytes([Pass(name="weights to operands", elements=num_cast, bytes_each=4 + operand)])
     if operand == FLOAT32_BYTES:
         once = 0
     each = _total_bytes(passes)
@@ -299,14 +327,20 @@ def optimizer_traffic_bytes(config: ModelConfig, optimizer: str) -> int:
 def newton_schulz_flops(config: ModelConfig) -> int:
     """Operations of Muon's orthogonalisation: 5 (4 m^2 n + 2 m^3) for each matrix of the blocks, m <= n its two sizes.
 
+    Each expert's is a matrix of its own, and a router is left to Adam.
+
     Source: K. Jordan et al. 2024, "Muon", the quintic iteration A = X X^T, X <- a X + (b A + c A A) X.
     """
     flops = 0
     for array in weight_arrays(config):
-        if array.is_matrix:
-            rows = array.shape[1] if array.name != "o" else array.shape[1] * array.shape[2]
-            m, n = sorted((rows, array.num_params // array.shape[0] // rows))
-            flops += array.shape[0] * NEWTON_SCHULZ_STEPS * (4 * m * m * n + 2 * m**3)
+        if array.is_orthogonalised:
+            num, (first, *rest) = array.shape[0], array.shape[1:]
+            if array.of_experts:
+                num, (first, *rest) = num * first, rest
+            if array.name == "o":
+                first, *rest = first * rest[0], *rest[1:]
+            m, n = sorted((first, math.prod(rest)))
+            flops += num * NEWTON_SCHULZ_STEPS * (4 * m * m * n + 2 * m**3)
     return flops
 
 

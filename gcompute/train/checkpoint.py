@@ -8,7 +8,7 @@ name only when it is whole; what a crash left half-written is swept away on the 
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,10 @@ def check_path(directory: Path) -> None:
             f"{directory} cannot keep checkpoints: {' '.join(found)} in its path stands for other characters. Choose a"
             " directory without it."
         )
+
+
+class OtherRun(ValueError):
+    """A checkpoint that is sound and does not belong to the run that asks for it."""
 
 
 class Checkpoints:
@@ -115,29 +119,36 @@ class Checkpoints:
                 " there, then go on with --resume."
             ) from None
 
-    def restore(self, abstract: TrainState, notice: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(
+        self, abstract: TrainState, notice: Callable[[str], None], *, run: Mapping[str, Any] | None = None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that can be read, on the shardings of `abstract`, and its meta; None without one.
 
         A damaged checkpoint is reported through `notice`, and the one before it is tried. Where that can be read, the
-        damaged ones are set aside as STEP.damaged, so that the run can save those steps again.
+        damaged ones are set aside as STEP.damaged, so that the run can save those steps again. `run` is the meta of the
+        run that goes on: its model and optimizer must be those of the checkpoint, whatever its mesh.
 
         Raises:
-          ValueError: there are checkpoints and none can be read.
+          ValueError: there are checkpoints and none can be read, or the newest that can is of another model.
         """
         found = list(reversed(self.steps()))
         reason = ""
         for step in found:
             try:
+                saved = self._manager.restore(step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
+                if run is not None:
+                    self._check_same(step, saved, run)
                 restored = self._manager.restore(
                     step,
                     args=ocp.args.Composite(
                         **{
                             PARAMS: ocp.args.StandardRestore(abstract.params),
                             OPTIMIZER: ocp.args.StandardRestore(abstract.optimizer),
-                            META: ocp.args.JsonRestore(),
                         }
                     ),
                 )
+            except OtherRun:
+                raise
             # Orbax and TensorStore raise many kinds for a damaged file: each means that this checkpoint is unusable.
             except Exception as error:
                 reason = unreadable(error)
@@ -145,13 +156,24 @@ class Checkpoints:
                 continue
             self._set_aside([damaged for damaged in found if damaged > step])
             state = TrainState(jnp.asarray(step, jnp.int32), restored[PARAMS], restored[OPTIMIZER])
-            return state, dict(restored[META])
+            return state, dict(saved)
         if found:
             raise ValueError(
                 f"none of the {len(found)} checkpoints in {self.directory} can be read ({reason}). Restore them from a"
                 " copy, or start again in another --out."
             )
         return None
+
+    def _check_same(self, step: int, saved: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        there = {**saved["model"], "optimizer": saved["optimizer"]["optimizer"]}
+        here = {**run["model"], "optimizer": run["optimizer"]["optimizer"]}
+        # A field that one of them lacks is of another version of this program, where it had one meaning only.
+        differ = [name for name in here if name in there and here[name] != there[name]]
+        if differ:
+            what = ", ".join(f"{name} is {there[name]!r} there and {here[name]!r} here" for name in differ)
+            raise OtherRun(
+                f"checkpoint {step} in {self.directory} is of another model or optimizer: {what}. Use another --out."
+            )
 
     def _set_aside(self, damaged: list[int]) -> None:
         if not damaged:

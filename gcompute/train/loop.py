@@ -143,7 +143,9 @@ def train(
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(out / CHECKPOINTS, keep=train_config.keep))
         restored = (
-            checkpoints.restore(programs.abstract_state, lambda text: report(Notice(text=text))) if resume else None
+            checkpoints.restore(programs.abstract_state, lambda text: report(Notice(text=text)), run=meta)
+            if resume
+            else None
         )
         if restored and restored[1].get("tokens_sha256") != tokens_sha256:
             raise ValueError(
@@ -211,6 +213,11 @@ def train(
                             "gradient_norm": norms[i],
                             "learning_rate": float(learning_rates[step + i]),
                             "step_s": (now - started) / num,
+                            **{
+                                name: float(values[i])
+                                for name, values in (("balance", metrics.balance), ("dropped", metrics.dropped))
+                                if values is not None
+                            },
                         }
                         for i in range(num_good)
                     ]

@@ -47,8 +47,8 @@ def _decay_mask(params: Any) -> Any:
 def _muon_dims(params: Any) -> Any:
     """Which matrices Muon orthogonalises, and over which dims; the rest (None) is left to Adam.
 
-    A stacked [L, D, N, H] is L matrices from D to N x H. Embeddings and the output layer go to Adam (with
-    Nesterov momentum, as Muon's), as in Jordan et al. 2024 (Muon).
+    A stacked [L, D, N, H] is L matrices from D to N x H, and [L, E, D, F] L x E of them. Embeddings, the output
+    layer and routers go to Adam (with Nesterov momentum, as Muon's), as in Jordan et al. 2024 (Muon).
     """
     dims = optax.contrib.MuonDimensionNumbers
 
@@ -60,6 +60,8 @@ def _muon_dims(params: Any) -> Any:
             "_NHD": dims((1, 2), (3,)),
             "_DF": dims((1,), (2,)),
             "_FD": dims((1,), (2,)),
+            "_EDF": dims((2,), (3,)),
+            "_EFD": dims((2,), (3,)),
         }
         if "blocks" in jax.tree_util.keystr(path[:1]):
             for suffix, value in table.items():

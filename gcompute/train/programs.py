@@ -1,5 +1,6 @@
 """What a training run compiles, on the mesh that it runs on."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gcompute.config.mesh import MeshShape
+from gcompute.config.mesh import Axis, MeshShape
 from gcompute.config.train import RunConfig
-from gcompute.model.transformer import Execution, abstract_params, init, param_dims
-from gcompute.parallel.mesh import build_mesh
-from gcompute.parallel.rules import check_divisible, param_shardings, partition_spec, state_shardings
+from gcompute.model.transformer import Execution, init, param_dims
+from gcompute.parallel.einsum import accumulator
+from gcompute.parallel.mesh import build_mesh, use_mesh
+from gcompute.parallel.rules import param_shardings, partition_spec, state_shardings, with_axis
+from gcompute.plan.legal import check_mesh
 from gcompute.train.optimizer import make_optimizer
-from gcompute.train.resolve import default_mesh, resolve_accumulation, resolve_execution
+from gcompute.train.resolve import (
+    default_mesh,
+    resolve_accumulation,
+    resolve_execution,
+    resolve_placement,
+    resolve_schedule,
+)
 from gcompute.train.step import StepMetrics, TrainState, make_eval, make_train_steps
 
 MOST_DISPATCH_STEPS = 32
@@ -52,16 +61,122 @@ def resolve_mesh(run: RunConfig) -> tuple[MeshShape, Mesh, int]:
     Raises:
       ValueError: the mesh, the model, the batch and the devices do not go together.
     """
-    shape = run.train.mesh or default_mesh()
-    if run.train.mesh is None and run.train.batch % shape.num_devices:
+    if run.train.mesh is None and run.train.batch % default_mesh().num_devices:
+        num = default_mesh().num_devices
         raise ValueError(
-            f"batch={run.train.batch} does not divide over {shape.num_devices} devices."
-            f" Use a multiple of {shape.num_devices}, or give --mesh."
+            f"batch={run.train.batch} does not divide over {num} devices. Use a multiple of {num}, or give --mesh."
         )
-    mesh = build_mesh(shape)
-    accumulation = resolve_accumulation(run, shape, jax.default_backend())
-    check_divisible(run.model, shape, batch=run.train.batch, accumulation=accumulation)
-    return shape, mesh, accumulation
+    shape = run.train.mesh or default_mesh()
+    return shape, build_mesh(shape), resolve_microbatches(run, shape, jax.default_backend())
+
+
+def resolve_microbatches(run: RunConfig, shape: MeshShape, backend: str) -> int:
+    """Microbatches a step on `shape`, after checking that the model and the batch divide over it.
+
+    Raises:
+      ValueError: they do not.
+    """
+    config = run.train
+    accumulation = resolve_accumulation(run, shape, backend)
+    check_mesh(
+        run.model,
+        shape,
+        batch=config.batch,
+        seq=run.seq,
+        accumulation=accumulation,
+        schedule=config.pipeline_schedule,
+        chunks=config.pipeline_chunks,
+        context_attention=config.context_attention,
+    )
+    return accumulation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainProgram:
+    """The train step of a run on a mesh, before it is compiled, and what else a run needs to know of it.
+
+    A step is called as `steps(state, inputs [n, B, T], targets [n, B, T], count)`; nothing here has touched a device.
+    """
+
+    lowered: jax.stages.Lowered
+    dispatch_steps: int
+    accumulation: int
+    execution: Execution
+    mesh: Mesh
+    shape: MeshShape
+    batch_sharding: NamedSharding
+    abstract_state: TrainState
+    initial: Callable[[jax.Array], TrainState]
+
+
+def lower_train(
+    run: RunConfig,
+    mesh: Mesh,
+    backend: str,
+    *,
+    execution: Execution | None = None,
+    dispatch_steps: int = 1,
+) -> TrainProgram:
+    """The train step of `run` on `mesh`, whose devices may be a description of some that are not here.
+
+    Args:
+      backend: the platform of the mesh's devices, "cpu", "gpu" or "tpu". execution: other dtypes than the run's, say.
+      dispatch_steps: the most steps that one call runs.
+
+    Raises:
+      ValueError: the model or the batch does not divide over the mesh.
+    """
+    shape = MeshShape(**dict(mesh.shape))
+    accumulation = resolve_microbatches(run, shape, backend)
+    execution = dataclasses.replace(
+        execution or resolve_execution(run, shape, backend), placement=resolve_placement(run, mesh, shape)
+    )
+    optimizer = make_optimizer(run.optimizer, run.train.steps)
+    wide = accumulator(execution.compute)
+
+    def initial(key: jax.Array) -> TrainState:
+        params = jax.tree.map(lambda leaf: leaf.astype(wide), init(run.model, key))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    abstract = jax.eval_shape(initial, jax.random.key(0))
+    placed = param_shardings(param_dims(run.model), mesh, shape, abstract=abstract.params)
+    # With ZeRO a parameter is wanted whole on every data shard, its optimizer state and its update are not.
+    split = with_axis(abstract.params, placed, Axis.DATA, shape) if run.train.zero else placed
+    optimizer_placed = state_shardings(abstract.optimizer, abstract.params, split, mesh)
+    shardings = TrainState(replicated, placed, optimizer_placed)
+    abstract_state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+    batch_sharding = NamedSharding(mesh, partition_spec("_B_", shape))
+    batches = jax.ShapeDtypeStruct((dispatch_steps, run.train.batch, run.seq), jnp.int32, sharding=batch_sharding)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    steps = make_train_steps(
+        run.model,
+        execution,
+        optimizer,
+        accumulation,
+        zero=run.train.zero,
+        schedule=resolve_schedule(run, shape, accumulation),
+        shardings=shardings if shape.num_devices > 1 else None,
+        update_shardings=split if run.train.zero and shape.data > 1 else None,
+    )
+    metrics = StepMetrics(*[replicated] * 4) if run.model.experts else StepMetrics(replicated, replicated)
+    with use_mesh(mesh):
+        lowered = jax.jit(steps, donate_argnums=0, out_shardings=(shardings, metrics)).lower(
+            abstract_state, batches, batches, count
+        )
+    return TrainProgram(
+        lowered=lowered,
+        dispatch_steps=dispatch_steps,
+        accumulation=accumulation,
+        execution=execution,
+        mesh=mesh,
+        shape=shape,
+        batch_sharding=batch_sharding,
+        abstract_state=abstract_state,
+        initial=initial,
+    )
 
 
 def build_programs(run: RunConfig) -> Programs:
@@ -70,48 +185,31 @@ def build_programs(run: RunConfig) -> Programs:
     Raises:
       ValueError: as `resolve_mesh`.
     """
-    shape, mesh, accumulation = resolve_mesh(run)
-    execution = resolve_execution(run, jax.default_backend())
-    optimizer = make_optimizer(run.optimizer, run.train.steps)
-
-    def initial(key: jax.Array) -> TrainState:
-        params = init(run.model, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    replicated = NamedSharding(mesh, PartitionSpec())
-    abstract = abstract_params(run.model)
-    placed = param_shardings(param_dims(run.model), mesh, shape)
-    abstract_state = jax.eval_shape(initial, jax.random.key(0))
-    shardings = TrainState(replicated, placed, state_shardings(abstract_state.optimizer, abstract, placed, mesh))
-    abstract_state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_state,
-        shardings,
-    )
-    single_process = jax.process_count() == 1
-    most = run.train.dispatch_steps or (MOST_DISPATCH_STEPS if single_process else 1)
-    most = min(most, run.train.steps)
-    batch_sharding = NamedSharding(mesh, partition_spec("_BT", shape))
-    batches = jax.ShapeDtypeStruct((most, run.train.batch, run.seq), jnp.int32, sharding=batch_sharding)
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    shape, mesh, _ = resolve_mesh(run)
+    most = run.train.dispatch_steps or (MOST_DISPATCH_STEPS if jax.process_count() == 1 else 1)
     started = time.perf_counter()
-    steps = jax.jit(
-        make_train_steps(run.model, execution, optimizer, accumulation),
-        donate_argnums=0,
-        out_shardings=(shardings, StepMetrics(replicated, replicated)),
-    )
-    compiled = steps.lower(abstract_state, batches, batches, count).compile()
+    program = lower_train(run, mesh, jax.default_backend(), dispatch_steps=min(most, run.train.steps))
+    compiled = program.lowered.compile()
     compile_s = time.perf_counter() - started
+    replicated = NamedSharding(mesh, PartitionSpec())
+    schedule = resolve_schedule(run, shape, program.accumulation)
+    evaluation = make_eval(run.model, program.execution, program.accumulation, schedule=schedule)
+    evaluate = jax.jit(evaluation, out_shardings=replicated)
+
+    def evaluate_on_mesh(*arguments: Any) -> Any:
+        with use_mesh(mesh):
+            return evaluate(*arguments)
+
     return Programs(
         steps=compiled,
-        evaluate=jax.jit(make_eval(run.model, execution, accumulation), out_shardings=replicated),
-        dispatch_steps=most,
-        accumulation=accumulation,
-        execution=execution,
+        evaluate=evaluate_on_mesh,
+        dispatch_steps=program.dispatch_steps,
+        accumulation=program.accumulation,
+        execution=program.execution,
         mesh=shape,
-        batch_sharding=batch_sharding,
-        abstract_state=abstract_state,
-        init=jax.jit(initial, out_shardings=shardings),
+        batch_sharding=program.batch_sharding,
+        abstract_state=program.abstract_state,
+        init=jax.jit(program.initial, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)),
         compile_s=compile_s,
     )
 

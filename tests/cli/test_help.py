@@ -44,7 +44,8 @@ def test_the_flags_in_the_examples_exist(gcompute: Command):
 
     for name in COMMANDS:
         command = importlib.import_module(f"gcompute.cli.{name}").command
-        flags = {flag for param in command.params for flag in [*param.opts, *param.secondary_opts]}
+        of_all = [command, *getattr(command, "commands", {}).values()]
+        flags = {flag for one in of_all for param in one.params for flag in [*param.opts, *param.secondary_opts]}
         examples = [*command.examples, COMMANDS[name].example]
         for example in examples:
             words = shlex.split(example)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from float64 import float64
-from textbook import reference_logits
 
+from gcompute.certify.reference import reference_logits
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import PRESETS
 from gcompute.model.kv_cache import init_cache, write

@@ -1,4 +1,4 @@
-"""`gcompute train` as two processes of one job, against one process with two devices."""
+"""`gcompute train` as several processes of one job, against one process with as many devices."""
 
 import os
 import random
@@ -39,25 +39,27 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start_processes(*args: str | Path, logs: Path, environment: dict[str, str]) -> subprocess.Popen:
-    command = [sys.executable, SCRIPT, "--local-processes", "2", "--logs", logs, *args]
-    return subprocess.Popen(
-        [str(word) for word in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start_processes(
+    *args: str | Path, logs: Path, environment: dict[str, str], num: int = 2, devices: int = 1
+) -> subprocess.Popen:
+    local = ("--local-processes", num, "--local-devices", devices, "--logs", logs)
+    command = [str(word) for word in (sys.executable, SCRIPT, *local, *args)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def two_processes(*args: str | Path, logs: Path, environment: dict[str, str]) -> str:
-    process = start_processes(*args, logs=logs, environment=environment)
+def several_processes(
+    *args: str | Path, logs: Path, environment: dict[str, str], num: int = 2, devices: int = 1
+) -> str:
+    process = start_processes(*args, logs=logs, environment=environment, num=num, devices=devices)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output + (logs / "process_1.log").read_text()
     return output
 
 
-def one_process(*args: str | Path, environment: dict[str, str]) -> None:
+def one_process(*args: str | Path, environment: dict[str, str], devices: int = 2) -> None:
     command = [sys.executable, "-m", "gcompute", "train", *map(str, args)]
-    process = subprocess.run(
-        command, env={**environment, "JAX_NUM_CPU_DEVICES": "2"}, capture_output=True, text=True, timeout=300
-    )
+    environment = {**environment, "JAX_NUM_CPU_DEVICES": str(devices)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
 
 
@@ -76,7 +78,7 @@ def assert_same_run(out: Path, expected: Path) -> None:
 def test_two_processes_train_as_one_does_and_write_once(environment: dict[str, str], words: Path, tmp_path: Path):
     run = (*TINY, "--steps", "6", "--data", words)
     one_process(*run, "--out", tmp_path / "one", environment=environment)
-    output = two_processes(*run, "--out", tmp_path / "two", logs=tmp_path / "logs", environment=environment)
+    output = several_processes(*run, "--out", tmp_path / "two", logs=tmp_path / "logs", environment=environment)
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert saved_steps(tmp_path / "two" / "checkpoints") == [2, 4, 6]
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
@@ -88,7 +90,7 @@ def test_two_processes_train_as_one_does_and_write_once(environment: dict[str, s
         if path.is_file():
             path.write_bytes(b"")
     more = ("--no-fast", "--resume", "--steps", "9", "--out", tmp_path / "two")
-    output = two_processes(*more, logs=tmp_path / "logs", environment=environment)
+    output = several_processes(*more, logs=tmp_path / "logs", environment=environment)
     assert "checkpoint 6 in" in output
     assert "resumed at step 4" in output
     one_process("--no-fast", "--resume", "--steps", "9", "--out", tmp_path / "one", environment=environment)
@@ -96,6 +98,30 @@ def test_two_processes_train_as_one_does_and_write_once(environment: dict[str, s
     assert steps == list(range(1, 10))
     one_process("--no-fast", "--resume", "--steps", "12", "--out", tmp_path / "two", environment=environment)
     assert losses(tmp_path / "two")[-1][:2] == ("eval", 12)
+
+
+# Devices are in the order of their processes, so with one device each every axis of size 2 or more crosses processes.
+ACROSS = {
+    "fsdp and tensor": {"mesh": "fsdp=2,tensor=2", "num": 4, "devices": 1},
+    "stage and context": {"mesh": "stage=2,context=2", "num": 4, "devices": 1},
+    "fsdp, tensor within": {"mesh": "fsdp=2,tensor=2", "num": 2, "devices": 2},
+}
+
+
+@pytest.mark.parametrize("case", ACROSS)
+def test_axes_that_cross_processes_train_as_within_one(
+    case: str, environment: dict[str, str], words: Path, tmp_path: Path
+):
+    mesh, job = ACROSS[case]["mesh"], {key: ACROSS[case][key] for key in ("num", "devices")}
+    run = (*TINY, "--layers", "2", "--accumulation", "2", "--mesh", mesh, "--steps", "4", "--data", words)
+    one_process(*run, "--out", tmp_path / "one", environment=environment, devices=4)
+    several_processes(*run, "--out", tmp_path / "many", logs=tmp_path / "logs", environment=environment, **job)
+    assert_same_run(tmp_path / "many", tmp_path / "one")
+    # Their checkpoint goes on in one process on another mesh, with the batches that were to come.
+    more = ("--no-fast", "--resume", "--steps", "6", "--mesh", "data=2")
+    for out in ("many", "one"):
+        one_process(*more, "--out", tmp_path / out, environment=environment)
+    assert_same_run(tmp_path / "many", tmp_path / "one")
 
 
 def test_ctrl_c_stops_both_at_one_step_and_they_go_on(environment: dict[str, str], words: Path, tmp_path: Path):
@@ -114,7 +140,7 @@ def test_ctrl_c_stops_both_at_one_step_and_they_go_on(environment: dict[str, str
     assert f"stopped at step {step}. Go on with:" in output
     assert losses(out)[-1][1] == step
     more = ("--no-fast", "--resume", "--steps", str(step + 2), "--out", out)
-    two_processes(*more, logs=logs, environment=environment)
+    several_processes(*more, logs=logs, environment=environment)
     assert saved_steps(out / "checkpoints")[-1] == step + 2
 
 

@@ -11,7 +11,7 @@ from gcompute.config.presets import PRESETS
 from gcompute.model.transformer import abstract_params, param_dims
 from gcompute.plan.params import COMPONENTS, count_params, weight_arrays
 
-# Totals of the released checkpoints (openai-community, meta-llama, Qwen, TinyLlama).
+# Totals of the released checkpoints (openai-community, meta-llama, Qwen, TinyLlama, mistralai).
 PUBLISHED = {
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
@@ -19,6 +19,8 @@ PUBLISHED = {
     "gpt2-xl": 1_557_611_200,
     "qwen3-0.6b": 596_049_920,
     "tinyllama-1.1b": 1_100_048_384,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
     "llama3-405b": 405_853_388_800,
@@ -39,6 +41,23 @@ def test_arrays_are_those_of_the_model(config):
     shapes, dims = abstract_params(config), param_dims(config)
     made = sorted(zip(jax.tree.leaves(dims), (leaf.shape for leaf in jax.tree.leaves(shapes)), strict=True))
     assert sorted((array.dims, array.shape) for array in weight_arrays(config)) == made
+
+
+def test_experts_of_mixtral():
+    # "47B parameters, but only uses 13B active": Jiang et al. 2024, section 1. By hand: two of eight experts a token.
+    count = count_params(PRESETS["mixtral-8x7b"])
+    expert = 3 * 4096 * 14336
+    assert count.mlp == 32 * 8 * expert
+    assert count.router == 32 * 4096 * 8
+    assert count.active == count.total - 32 * 6 * expert == 12_879_925_248
+    assert count.matmul == count.active - count.norms - count.embedding
+    assert count_params(PRESETS["qwen3-30b-a3b"]).active / 1e9 == pytest.approx(3.35, abs=0.01)
+
+
+def test_every_parameter_of_a_dense_model_is_active():
+    count = count_params(PRESETS["gpt2"])
+    assert count.active == count.total
+    assert count.router == 0
 
 
 def test_components_of_gpt2():

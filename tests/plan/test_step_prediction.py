@@ -27,6 +27,8 @@ CONFIGS = {
     "llama": PRESETS["test"],
     "gpt2": PRESETS["test-gpt2"],
     "untied": dataclasses.replace(PRESETS["test"], tied=False, head_dim=16, qk_norm=True),
+    # As many places as choices, so that what is computed is what is used.
+    "experts": dataclasses.replace(PRESETS["test-moe"], capacity_factor=1.0),
 }
 CEILINGS = {"roofline_flops_per_s": 1e12, "memory_bytes_per_s": 5e10}
 
@@ -71,6 +73,22 @@ def test_matmuls_add_up_to_the_flops(name):
     assert forward_flops == train_flops(config, batch=batch, seq=seq).forward_flops
 
 
+def test_experts_multiply_their_empty_places_too():
+    config, batch, seq = PRESETS["test-moe"], 3, 16
+    roomy = dataclasses.replace(config, capacity_factor=None)
+    ten, all_places = (
+        {matmul.name: matmul for matmul in block_matmuls(model, batch=batch, seq=seq)} for model in (config, roomy)
+    )
+    assert (ten["up"].batch, ten["up"].m) == (4, 3 * 10)
+    assert (all_places["down"].batch, all_places["down"].m) == (4, 3 * 16)
+    assert train_flops(config, batch=batch, seq=seq) == train_flops(roomy, batch=batch, seq=seq)
+    slow, fast = (
+        predict_train_step(model, batch=batch, seq=seq, precision="float32", **CEILINGS) for model in (roomy, config)
+    )
+    assert slow.compute_s > fast.compute_s
+    assert slow.memory_s > fast.memory_s
+
+
 def test_backward_products_have_the_shapes_of_the_gradients():
     left, right = Matmul(name="x", m=3, k=5, n=7).backward()
     assert (left.m, left.k, left.n) == (3, 7, 5)
@@ -89,7 +107,7 @@ def test_gpt2_flops_by_hand():
     assert flops.causal_step_flops == flops.step_flops - flops.attention_flops + 12 * 12 * 768 * pairs
 
 
-@pytest.mark.parametrize("preset", ["demo", "nano-small", "untied"])
+@pytest.mark.parametrize("preset", ["demo", "nano-small", "untied", "experts"])
 def test_newton_schulz_is_what_optax_computes(preset):
     config = CONFIGS.get(preset) or PRESETS[preset]
     transform = make_optimizer(OptimizerConfig(optimizer="muon"), 10)

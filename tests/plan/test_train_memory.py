@@ -13,12 +13,13 @@ from gcompute.config.mesh import MeshShape
 from gcompute.config.presets import PRESETS
 from gcompute.config.train import OPTIMIZERS, OptimizerConfig
 from gcompute.model.transformer import Execution, abstract_params, forward
-from gcompute.plan.memory import kept_bytes_per_token, train_memory
+from gcompute.plan.memory import kept_bytes_per_token, rows_per_token, train_memory
 from gcompute.plan.params import count_params
 from gcompute.train.optimizer import make_optimizer
 
 DEMO = PRESETS["demo"]
 LLAMA = PRESETS["llama3-8b"]
+MIXTRAL = PRESETS["mixtral-8x7b"]
 
 
 def tree_bytes(tree):
@@ -31,7 +32,7 @@ def mean_loss(params, tokens_BT, *, config, execution):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("preset", ["gpt2", "qwen3-0.6b"])
+@pytest.mark.parametrize("preset", ["gpt2", "qwen3-0.6b", "qwen3-30b-a3b"])
 def test_optimizer_state_is_what_optax_allocates(optimizer, preset):
     config = PRESETS[preset]
     transform = make_optimizer(OptimizerConfig(optimizer=optimizer), 10)
@@ -41,7 +42,7 @@ def test_optimizer_state_is_what_optax_allocates(optimizer, preset):
     assert 0 <= tree_bytes(state) - predicted < 1024
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -49,8 +50,10 @@ def test_optimizer_state_is_what_optax_allocates(optimizer, preset):
         {"kv_heads": 2, "qk_norm": True},
         {"activation": "gelu_tanh", "norm": "layernorm", "bias": True},
         {"activation": "gelu"},
+        {"experts": 8, "capacity_factor": 1.25},
+        {"experts": 4, "experts_per_token": 1, "activation": "gelu"},
     ],
-    ids=["llama", "qwen", "gpt2", "gelu"],
+    ids=["llama", "qwen", "gpt2", "gelu", "experts", "roomy-experts"],
 )
 def test_kept_bytes_are_what_autodiff_keeps(remat, changes):
     seq = 64
@@ -68,6 +71,10 @@ def test_kept_bytes_are_what_autodiff_keeps(remat, changes):
     per_token = (kept(4, 2) - kept(3, 2) - kept(4, 1) + kept(3, 1)) / seq
     config = dataclasses.replace(DEMO, **changes)
     row_statistics = 4 * (4 + 2 * config.heads + 2 * (config.heads + config.num_kv_heads)) if remat == "none" else 0
+    if remat == "none" and config.experts:
+        # Probabilities; which is chosen, its weight and its place; who is in each place: at most.
+        slots = -(-config.experts * config.capacity(seq) // seq)
+        row_statistics += 4 * config.experts + config.experts_per_token * (config.experts + 12) + 4 * slots
     predicted = kept_bytes_per_token(config, seq=seq, remat=remat)
     assert predicted <= per_token <= predicted + row_statistics
 
@@ -149,6 +156,32 @@ def test_tensor_divides_matrices_not_norms():
     assert one.activations_bytes / 8 < split.activations_bytes < one.activations_bytes
 
 
+def test_expert_divides_experts_and_the_batch():
+    one = train_memory(MIXTRAL, batch=8, seq=128)
+    split = train_memory(MIXTRAL, batch=8, seq=128, mesh=MeshShape(expert=8))
+    params = count_params(MIXTRAL)
+    # The router's columns are the experts'.
+    shared = params.total - params.mlp - params.router
+    assert split.parameters_bytes == 4 * ((params.mlp + params.router) // 8 + shared)
+    assert split.activations_bytes * 8 == one.activations_bytes
+    assert split.logits_bytes * 8 == one.logits_bytes
+    both = train_memory(MIXTRAL, batch=8, seq=128, mesh=MeshShape(expert=4, fsdp=2))
+    # Gathered over fsdp to be used, in bfloat16: a block with 2 of its 8 experts.
+    block = (params.mlp // 4 + params.attention) // MIXTRAL.layers
+    cast = (params.mlp // 4 + params.attention + params.head) // 2
+    assert both.compute_copies_bytes == 2 * (cast + block)
+
+
+def test_room_for_all_costs_more_than_the_room_that_is_used():
+    roomy = train_memory(MIXTRAL, batch=8, seq=1024)
+    tight = train_memory(dataclasses.replace(MIXTRAL, capacity_factor=1.0), batch=8, seq=1024)
+    assert rows_per_token(MIXTRAL, 1024) == 8
+    assert rows_per_token(dataclasses.replace(MIXTRAL, capacity_factor=1.25), 1024) == 2.5
+    assert rows_per_token(LLAMA, 1024) == 1
+    assert roomy.activations_bytes > 2 * tight.activations_bytes
+    assert roomy.parameters_bytes == tight.parameters_bytes
+
+
 def test_accumulation_shrinks_activations_and_remat_orders_them():
     kept = {remat: train_memory(LLAMA, batch=8, seq=1024, remat=remat) for remat in ("none", "dots", "full")}
     assert kept["none"].activations_bytes > kept["dots"].activations_bytes > kept["full"].activations_bytes
@@ -172,9 +205,10 @@ def test_to_dict_total_counts_the_larger_of_logits_and_workspace():
         ({"precision": "float16"}, "Did you mean"),
         ({"batch": 6, "accumulation": 4}, "multiple of 4"),
         ({"batch": 0}, "at least 1"),
-        ({"mesh": MeshShape(tensor=6)}, "num_kv_heads=8"),
+        ({"mesh": MeshShape(tensor=6)}, "heads=32"),
         ({"mesh": MeshShape(stage=3)}, "layers=32"),
-        ({"mesh": MeshShape(context=3)}, "seq=128"),
+        ({"mesh": MeshShape(context=3)}, "seq / 2=64"),
+        ({"mesh": MeshShape(expert=2)}, "needs a model with experts"),
     ],
 )
 def test_refuses_what_cannot_be(changes, words):

@@ -11,8 +11,8 @@ from tiny_run import make_run
 
 from gcompute.config.train import OPTIMIZERS, OptimizerConfig
 from gcompute.model.transformer import Execution, abstract_params, init
+from gcompute.train.objective import mean_loss
 from gcompute.train.optimizer import decays, make_optimizer, make_schedule
-from gcompute.train.step import mean_loss
 
 MODEL = make_run().model
 STEPS = 100

@@ -1,0 +1,1 @@
+"""Programs compiled for chips that are not there: memory, collectives, fits or not."""

@@ -1,0 +1,1 @@
+"""One module a family of functions, each with a `cases` that builds its rows."""

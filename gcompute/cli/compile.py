@@ -1,0 +1,282 @@
+"""gcompute compile: compile a real program for chips that are not here, and say whether it fits."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gcompute.aot.target import INSTALL, Target, check_installed, target_environment
+from gcompute.cli.flags import SectionedCommand, config_options, given, read_toml
+from gcompute.cli.run_directory import SECTIONS
+from gcompute.config.fields import nearest
+from gcompute.config.mesh import MeshShape
+from gcompute.config.model import ModelConfig
+from gcompute.config.presets import model_config
+from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+
+DOES_NOT_FIT = 1
+# These change how long a run goes on and what it keeps, not its step.
+NOT_OF_A_STEP = {
+    *("steps", "seed", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps"),
+}
+OTHER_OPTIMIZER_FIELDS = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"optimizer"}
+LAST_LINES = 20
+MEMORY_ROWS = {
+    "arguments_bytes": "arguments: parameters, optimizer, batch",
+    "outputs_bytes": "outputs",
+    "aliased_bytes": "outputs that take the place of arguments",
+    "temporaries_bytes": "temporaries: gradients, activations, gathered parameters",
+    "code_bytes": "program",
+}
+
+
+class CompileGroup(click.Group):
+    """Shows the examples of its programs, and names the legal ones where one is not known."""
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        return tuple(example for one in self.commands.values() for example in getattr(one, "examples", ()))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            for example in self.examples:
+                formatter.write(f"  $ {example}\n")
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.commands:
+            raise click.UsageError(f"program {cmd_name!r} is not known. {nearest(cmd_name, self.commands)}")
+        return super().get_command(ctx, cmd_name)
+
+
+class CompileTrainCommand(SectionedCommand):
+    examples = (
+        "gcompute compile train llama3-8b --on v5e:4x4 --mesh fsdp=16 --batch 16 --seq 2048 --remat full",
+        "gcompute compile train llama3-70b --on v5p:8x8x16 --mesh fsdp=256,tensor=4 --batch 1024 --remat full --json",
+        "gcompute compile train llama3-8b --on '2*v6e:4x4' --mesh data=2,fsdp=16 --batch 32 --remat full",
+        "gcompute compile train demo --on cpu:8 --mesh data=2,fsdp=4 --hlo step.txt",
+    )
+
+
+@click.group(cls=CompileGroup, invoke_without_command=True)
+@click.pass_context
+def command(ctx: click.Context) -> None:
+    """Compile a real program for chips that are not here: memory by kind, collectives, fits or not."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@command.command(name="train", cls=CompileTrainCommand)
+@click.argument("model")
+@click.option("--on", "target_text", required=True, help=f"Chips: v5e:4x4, 2*v5e:4x4, cpu:8.  TPUs need: {INSTALL}")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML: [model] [optimizer] [train].")
+@click.option("--hlo", type=click.Path(path_type=Path), help="Write the compiled program's text to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@config_options(TrainConfig, "Training", NOT_OF_A_STEP)
+@config_options(OptimizerConfig, "Training", OTHER_OPTIMIZER_FIELDS)
+@config_options(ModelConfig, "Model, instead of MODEL's", **{f.name: None for f in dataclasses.fields(ModelConfig)})
+def train(
+    model: str, target_text: str, config_file: Path | None, hlo: Path | None, as_json: bool, **values: Any
+) -> None:
+    """Compile the trainer's own step of MODEL (a preset, or a .json or .toml file) for a target.
+
+    Exit status 0: it fits; 1: it does not; 2: what was asked does not go together.
+    """
+    target = Target.parse(target_text)
+    settings = read_toml(config_file, SECTIONS) if config_file else {}
+    run = _run_config(model, target, settings, values)
+    check_installed(target)
+    if hlo is not None and not hlo.absolute().parent.is_dir():
+        raise ValueError(f"--hlo {hlo}: there is no directory {hlo.absolute().parent}.")
+    request = {"target": str(target), "run": run.to_dict(), "hlo": str(hlo.absolute()) if hlo else None}
+    report = compile_elsewhere(request, target)
+    if as_json:
+        print(json.dumps({"model": model, "run": run.to_dict(), **report}))
+    else:
+        _show(model, run, report)
+    if not report["fits"]:
+        raise SystemExit(DOES_NOT_FIT)
+
+
+def _run_config(model: str, target: Target, settings: dict[str, dict[str, Any]], values: dict[str, Any]) -> RunConfig:
+    mesh = values["mesh"] or settings.get("train", {}).get("mesh") or MeshShape(data=target.num_devices)
+    if mesh.num_devices != target.num_devices:
+        raise ValueError(
+            f"mesh {mesh} is of {mesh.num_devices} devices and {target} has {target.num_devices}. Give axes whose"
+            f" product is {target.num_devices}, as in --mesh fsdp={target.num_devices}."
+        )
+    train_values = {**settings.get("train", {}), **given(TrainConfig, values), "mesh": mesh}
+    optimizer = settings.get("optimizer", {})
+    if values["optimizer"] is not None:
+        optimizer = {**optimizer, "optimizer": values["optimizer"]}
+    return RunConfig(
+        model=dataclasses.replace(model_config(model), **{**settings.get("model", {}), **given(ModelConfig, values)}),
+        optimizer=OptimizerConfig(**optimizer),
+        train=TrainConfig(**train_values),
+        data=DataConfig(),
+    )
+
+
+def compile_elsewhere(request: dict[str, Any], target: Target) -> dict[str, Any]:
+    """The worker's report on `request`, from a process that starts with the target's environment.
+
+    Raises:
+      ValueError: what was asked does not go together, or the compiler failed.
+    """
+    environment = {**os.environ, **target_environment(target)}
+    with tempfile.TemporaryFile() as noise:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gcompute.cli.compile_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=noise,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answer: dict[str, Any] = {}
+        try:
+            # A worker that could not start says why on its standard error.
+            with suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+            with _spinner() as status:
+                for line in process.stdout:
+                    answer = json.loads(line)
+                    if "doing" in answer and status is not None:
+                        status.update(answer["doing"])
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            process.stdout.close()
+        if "report" in answer:
+            return answer["report"]
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        noise.seek(0)
+        said = noise.read().decode("utf-8", errors="replace").strip().splitlines()
+        print("\n".join(said[-LAST_LINES:]), file=sys.stderr)
+        if "failed" in answer:
+            raise ValueError(answer["failed"])
+        if process.returncode == -9:
+            raise ValueError(
+                f"compiling for {target} was killed, as happens when the memory of this machine is not enough."
+                " Try a smaller model or fewer layers (--layers)."
+            )
+        raise ValueError(f"compiling for {target} failed with exit status {process.returncode}; see above.")
+
+
+def _spinner() -> Any:
+    """A line that turns on standard error, on a terminal only."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return nullcontext()
+    return console.status("starting the compiler")
+
+
+def _show(model: str, run: RunConfig, report: dict[str, Any]) -> None:
+    """Print the report as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from gcompute.cli.progress import duration
+
+    console = Console(markup=False, highlight=False)
+    config = run.train
+    console.print(
+        f"{model}: one train step on {report['target']} ({report['num_devices']:,} devices), mesh {config.mesh}, batch"
+        f" {config.batch} x {run.seq} in {report['accumulation']} microbatches, {config.precision},"
+        f" {run.optimizer.optimizer}, remat {config.remat}; compiled in {duration(report['compile_s'])}",
+        soft_wrap=True,
+    )
+    memory, limit = report["memory"], report["limit_bytes"]
+    table = Table(title="memory of one device, by the compiler", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, label in MEMORY_ROWS.items():
+        if memory[name]:
+            table.add_row(label, gib(memory[name]))
+    table.add_row("total", gib(report["needed_bytes"]), style="bold")
+    if limit:
+        table.add_row("available", gib(limit))
+    console.print(table)
+    if report["largest"] and not report["fits"]:
+        console.print("largest buffers:")
+        for one in report["largest"]:
+            console.print(f"  {gib(one['size_bytes']):>12}  {one['arrays']}", soft_wrap=True)
+    if report["unreadable"]:
+        console.print(f"collectives: {report['unreadable']}", soft_wrap=True)
+    else:
+        _show_collectives(report["collectives"], console)
+    console.print(verdict(run, report), style="green" if report["fits"] else "red", soft_wrap=True)
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**25 else f"{num_bytes / 2**20:,.2f} MiB"
+
+
+def _show_collectives(collectives: list[dict[str, Any]], console: Any) -> None:
+    from rich.table import Table
+
+    if not collectives:
+        console.print("no collectives")
+        return
+    table = Table(title="collectives of one step", title_justify="left")
+    for name in ("kind", "along", "dtype"):
+        table.add_column(name, no_wrap=True)
+    for name in ("number", "runs", "sent by a device"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in collectives:
+        axes = ",".join(one["axes"]) if one["axes"] else "parts of axes"
+        table.add_row(
+            one["kind"],
+            f"{axes} (between slices)" if one["between_slices"] else axes,
+            one["dtype"],
+            str(one["num_instructions"]),
+            f"{one['runs']:,}",
+            gib(one["sent_bytes"]),
+        )
+    console.print(table)
+
+
+def verdict(run: RunConfig, report: dict[str, Any]) -> str:
+    """Fits or not, with both numbers, and what would help."""
+    needed, limit = report["needed_bytes"], report["limit_bytes"]
+    if limit is None:
+        return f"compiles: {gib(needed)} a device. The devices of a CPU share the memory of the machine."
+    if report["fits"]:
+        return f"fits: {gib(needed)} of {gib(limit)} a device, {needed / limit:.0%}."
+    return f"does not fit: it needs {gib(needed)} of {gib(limit)} a device. What would help: {advice(run, report)}."
+
+
+def advice(run: RunConfig, report: dict[str, Any]) -> str:
+    """Changes that need less memory, the cheapest first."""
+    config, mesh = run.train, run.train.mesh
+    assert mesh is not None
+    rows = config.batch // (mesh.batch_shards * report["accumulation"])
+    found = []
+    if config.remat != "full":
+        found.append("--remat full")
+    if rows > 1:
+        found.append(
+            f"--accumulation {2 * report['accumulation']} or a smaller --batch ({rows} sequences a device now)"
+        )
+    elif mesh.context == 1 and mesh.tensor == 1:
+        found.append("a shorter --seq, or splitting it: --mesh with tensor or context above 1")
+    if mesh.data > 1:
+        found.append(f"splitting the parameters over the data axis too: --mesh with fsdp={mesh.data * mesh.fsdp}")
+    found.append("more chips")
+    return "; ".join(found)

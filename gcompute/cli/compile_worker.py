@@ -1,0 +1,69 @@
+"""The process that compiles for `gcompute compile`: it starts with the target's environment and says how it went.
+
+It reads one JSON request from standard input, which then stays open: when it closes, the one who asked is gone, and
+this process ends too. It writes one JSON object a line to standard output: {"doing": ...}, at last {"report": ...},
+{"error": ...} for what was asked wrongly, or {"failed": ...}. What libtpu prints goes to standard error.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from gcompute.aot.target import Target
+from gcompute.cli.run_directory import run_from_plain
+
+
+def main() -> None:
+    """Compile what standard input asks for."""
+    # Ctrl-C reaches this process too: the one who asked decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # libtpu and XLA must not write between the answers.
+    os.dup2(2, 1)
+
+    def tell(**answer: Any) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_asker, daemon=True).start()
+    from gcompute.aot.compiler import CompilerError
+
+    try:
+        tell(report=compile_train(request, tell))
+    except ValueError as error:
+        tell(error=str(error))
+    except CompilerError as error:
+        tell(failed=str(error))
+
+
+def _end_with_asker() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def compile_train(request: dict[str, Any], tell: Any) -> dict[str, Any]:
+    """Lower and compile the train step of `request["run"]` for `request["target"]`."""
+    target = Target.parse(request["target"])
+    run = run_from_plain(request["run"], source="the request")
+    from gcompute.aot.report import compile_report
+    from gcompute.aot.target import target_devices
+    from gcompute.parallel.mesh import build_mesh
+    from gcompute.train.programs import lower_train
+
+    tell(doing="tracing the train step")
+    assert run.train.mesh is not None
+    mesh = build_mesh(run.train.mesh, target_devices(target))
+    program = lower_train(run, mesh, target.backend)
+    tell(doing=f"compiling it for {target}")
+    report, text = compile_report(program.lowered, target, mesh=mesh)
+    if request["hlo"] and text is not None:
+        Path(request["hlo"]).write_text(text, encoding="utf-8")
+    return {"accumulation": program.accumulation, **report.to_dict()}
+
+
+if __name__ == "__main__":
+    main()

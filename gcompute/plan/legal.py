@@ -1,0 +1,83 @@
+"""Which meshes a model and a batch can be split over, and why not where they cannot."""
+
+from gcompute.config.mesh import Axis, MeshShape
+from gcompute.config.model import ModelConfig
+
+
+def check_mesh(
+    config: ModelConfig,
+    mesh: MeshShape,
+    *,
+    batch: int,
+    seq: int,
+    accumulation: int = 1,
+    schedule: str = "1f1b",
+    chunks: int = 1,
+    context_attention: str = "ring",
+) -> None:
+    """Refuse a mesh that this model or batch cannot be split over.
+
+    Args:
+      batch: sequences a step over all devices; seq: tokens a sequence; accumulation: microbatches a step, a device.
+      schedule, chunks, context_attention: as in TrainConfig.
+
+    Raises:
+      ValueError: a size that an axis does not divide, with the legal ones, or an axis that the model has no use for.
+    """
+    if batch < 1 or seq < 1 or accumulation < 1:
+        raise ValueError(f"batch={batch}, seq={seq} and accumulation={accumulation} must all be at least 1.")
+    heads = {"heads": config.heads, "kv_heads": config.num_kv_heads, "ffn": config.ffn_size, "vocab": config.vocab}
+    _check(Axis.TENSOR, mesh.tensor, heads, "each device needs a whole share")
+    _check(Axis.FSDP, mesh.fsdp, {"dim": config.dim}, "each device keeps a whole share of every matrix")
+    if mesh.expert > 1 and not config.experts:
+        raise ValueError(f"mesh expert={mesh.expert} needs a model with experts, and this one has none. Use expert=1.")
+    if config.experts:
+        _check(Axis.EXPERT, mesh.expert, {"experts": config.experts}, "each device needs whole experts")
+    _check_stages(config, mesh.stage, chunks, schedule, accumulation)
+    if mesh.context > 1:
+        if context_attention == "ring":
+            # Two pieces a device, one early and one late, share the causal work out evenly.
+            pieces = {"seq / 2": seq // 2 if seq % 2 == 0 else 1}
+            _check(Axis.CONTEXT, mesh.context, pieces, "each device takes two equal pieces of a sequence")
+        else:
+            _check(Axis.CONTEXT, mesh.context, {"seq": seq}, "each device takes an equal piece of a sequence")
+            shares = {"heads / tensor": config.heads // mesh.tensor}
+            _check(Axis.CONTEXT, mesh.context, shares, "ulysses deals the heads out over the context axis")
+    shards = mesh.batch_shards * accumulation
+    if batch % shards:
+        axes = " x ".join(f"{axis.value}={mesh.size(axis)}" for axis in (Axis.DATA, Axis.FSDP, Axis.EXPERT))
+        raise ValueError(
+            f"batch={batch} does not divide over {axes} x accumulation={accumulation}: use a multiple of {shards}."
+        )
+
+
+def _check_stages(config: ModelConfig, stages: int, chunks: int, schedule: str, accumulation: int) -> None:
+    if stages == 1:
+        if chunks > 1:
+            raise ValueError(f"pipeline_chunks={chunks} needs pipeline stages: give a mesh with stage=2 or more.")
+        return
+    whole = {"layers" if chunks == 1 else f"layers / pipeline_chunks={chunks}": config.layers // chunks}
+    if config.layers % chunks:
+        raise ValueError(f"pipeline_chunks={chunks} does not divide layers={config.layers}.")
+    _check(Axis.STAGE, stages, whole, "each stage needs equally many layers")
+    if accumulation < stages:
+        raise ValueError(
+            f"mesh stage={stages} with accumulation={accumulation} microbatches leaves stages idle throughout: use"
+            f" accumulation={stages} or more."
+        )
+    if schedule == "interleaved" and accumulation % stages:
+        raise ValueError(
+            f"the interleaved schedule needs microbatches in groups of stage={stages}: accumulation={accumulation} is"
+            f" not a multiple."
+        )
+
+
+def _check(axis: Axis, ways: int, sizes: dict[str, int], why: str) -> None:
+    for name, size in sizes.items():
+        if size % ways:
+            legal = ", ".join(
+                str(n) for n in range(1, min(sizes.values()) + 1) if all(size % n == 0 for size in sizes.values())
+            )
+            raise ValueError(
+                f"mesh {axis.value}={ways} does not divide {name}={size}: {why}. Legal: {axis.value}={legal}."
+            )
