@@ -83,11 +83,10 @@ def _run(recipe: Recipe, session: Session) -> dict[str, Any]:
 
 def _unsplit(recipe: Recipe, state: TrainState) -> list[str]:
     """A sentence for each axis that should split parameters (with ZeRO the optimizer state) and leaves most whole."""
-    splits: dict[Axis, Any] = dict.fromkeys((Axis.STAGE, Axis.FSDP, Axis.EXPERT, Axis.TENSOR), state.params)
-    if recipe.settings.get("zero"):
-        splits[Axis.DATA] = state.optimizer
+    parameters = tuple((axis, state.params) for axis in (Axis.STAGE, Axis.FSDP, Axis.EXPERT, Axis.TENSOR))
+    optimizer = ((Axis.DATA, state.optimizer),) if recipe.settings.get("zero") else ()
     wrong = []
-    for axis, tree in splits.items():
+    for axis, tree in parameters + optimizer:
         leaves = jax.tree.leaves(tree)
         split = sum(leaf.size for leaf in leaves if axis in jax.tree.leaves(tuple(leaf.sharding.spec)))
         if recipe.mesh.size(axis) > 1 and 2 * split < sum(leaf.size for leaf in leaves):
