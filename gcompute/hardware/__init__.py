@@ -1,0 +1,1 @@
+"""What chips can do: a catalogue with the source of every figure, slices and links, prices."""
