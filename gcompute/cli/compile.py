@@ -270,6 +270,8 @@ def advice(run: RunConfig, report: dict[str, Any]) -> str:
     found = []
     if config.remat != "full":
         found.append("--remat full")
+    if config.collective_matmul and mesh.num_devices > mesh.data:
+        found.append("--no-collective-matmul")
     if rows > 1:
         found.append(
             f"--accumulation {2 * report['accumulation']} or a smaller --batch ({rows} sequences a device now)"

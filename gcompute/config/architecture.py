@@ -14,8 +14,9 @@ class Attention:
     """Attention of one layer: `heads` query heads N and `kv_heads` key/value heads K, both of `head_dim` H.
 
     value_dim: size of a value where it is not H. window: how many tokens back a query sees, itself among them; None is
-    all. kv_rank: with latent attention, the size of the vector that keys and values are made from, which with `rope_dim`
-    rotated values (part of H, shared by all heads) is all that a cache keeps; q_rank: the same for queries, None without.
+      all of them.
+    kv_rank: with latent attention, the size of the vector that keys and values are made from; with `rope_dim` rotated
+      values (part of H, shared by all heads) it is all that a cache keeps. q_rank: the same for queries, None without.
     """
 
     heads: int

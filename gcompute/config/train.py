@@ -73,6 +73,9 @@ class TrainConfig:
     sequence_parallel: bool = option(
         True, "with tensor > 1, split activations between blocks along the sequence, where it divides"
     )
+    collective_matmul: bool = option(
+        True, "on TPU, multiply by the pieces of a split matrix as they arrive: hides communication, takes memory"
+    )
     context_attention: str = option("ring", "how the context axis attends", choices=CONTEXT_ATTENTIONS)
     pipeline_schedule: str = option("1f1b", "order of the pipeline's work", choices=PIPELINE_SCHEDULES)
     pipeline_chunks: int = option(1, "model chunks a pipeline stage, above 1 with the interleaved schedule")

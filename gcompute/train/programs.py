@@ -163,9 +163,12 @@ def lower_train(
     )
     metrics = StepMetrics(*[replicated] * 4) if run.model.experts else StepMetrics(replicated, replicated)
     with use_mesh(mesh):
-        lowered = jax.jit(steps, donate_argnums=0, out_shardings=(shardings, metrics)).lower(
-            abstract_state, batches, batches, count
-        )
+        lowered = jax.jit(
+            steps,
+            donate_argnums=0,
+            out_shardings=(shardings, metrics),
+            compiler_options=compiler_options(run, backend),
+        ).lower(abstract_state, batches, batches, count)
     return TrainProgram(
         lowered=lowered,
         dispatch_steps=dispatch_steps,
@@ -177,6 +180,17 @@ def lower_train(
         abstract_state=abstract_state,
         initial=initial,
     )
+
+
+def compiler_options(run: RunConfig, backend: str) -> dict[str, str] | None:
+    """What the compiler of `backend` is told of the train step of `run`, beside its defaults.
+
+    The TPU compiler multiplies by the pieces of a matrix as they come round a ring, rather than gather it first, where
+    the matrix is larger than this threshold.
+    """
+    if backend != "tpu" or run.train.collective_matmul:
+        return None
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def build_programs(run: RunConfig) -> Programs:

@@ -97,16 +97,19 @@ def test_exit_status_and_words_where_it_does_not_fit(capsys, monkeypatch: pytest
     [
         (
             *("fsdp=16", 32, "none"),
-            "--remat full; --accumulation 2 or a smaller --batch (2 sequences a device now); more chips",
+            (
+                "--remat full; --no-collective-matmul; --accumulation 2 or a smaller --batch (2 sequences a device"
+                " now); more chips"
+            ),
         ),
         (
             *("data=4,fsdp=4", 16, "full"),
             (
-                "a shorter --seq, or splitting it: --mesh with tensor or context above 1; splitting the parameters"
-                " over the data axis too: --mesh with fsdp=16; more chips"
+                "--no-collective-matmul; a shorter --seq, or splitting it: --mesh with tensor or context above 1;"
+                " splitting the parameters over the data axis too: --mesh with fsdp=16; more chips"
             ),
         ),
-        ("fsdp=4,tensor=4", 4, "full", "more chips"),
+        ("fsdp=4,tensor=4", 4, "full", "--no-collective-matmul; more chips"),
     ],
 )
 def test_advice(mesh: str, batch: int, remat: str, expected: str):
