@@ -182,7 +182,7 @@ def test_interrupt_ends_the_worker():
         wait_until(lambda: workers(asker.pid))
         started = workers(asker.pid)
         error = interrupt(asker)
-    # Python ends by the signal, which a shell shows as 130 too, where it came while a string was executed (dataclasses).
+    # Python ends by the signal, which a shell shows as 130 too, where it came while dataclasses execute a string.
     assert asker.returncode in (130, -signal.SIGINT), error
     assert error.splitlines()[-1] == "interrupted."
     wait_until(lambda: not any(runs_a_worker(pid) for pid in started))
