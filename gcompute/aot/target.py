@@ -8,16 +8,14 @@ import importlib.util
 import math
 import re
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from gcompute.config.fields import nearest
+from gcompute.hardware.catalogue import find_chip
+from gcompute.hardware.torus import legal_slices
 
 INSTALL = "pip install gcompute[tpu-aot]"
 GIB = 2**30
-SMALL_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-SMALL_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-CUBE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,42 +40,31 @@ class Chip:
 
     @property
     def legal(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes that can be rented, smallest first: 2D up to a pod of 16x16; 3D a few small ones, then cubes of
-        4x4x4 side by side up to a pod, sizes in rising order.
-
-        Source: the slices that MaxText lists in accelerator_to_spec_map.py follow this rule.
-        """
-        return SMALL_2D if self.dims == 2 else SMALL_3D + _cubes(self.max_chips)
+        """The shapes that can be rented, smallest first."""
+        return legal_slices(self.dims, self.max_chips)
 
 
-@cache
-def _cubes(max_chips: int) -> tuple[tuple[int, ...], ...]:
-    most = max_chips // CUBE**3
-    shapes = (
-        (a, b, c)
-        for a in range(1, round(most ** (1 / 3)) + 1)
-        for b in range(a, math.isqrt(most // a) + 1)
-        for c in range(b, most // (a * b) + 1)
+def _chip(name: str, **named: Any) -> Chip:
+    """What the catalogue knows of a chip, with the names that its compiler uses."""
+    known = find_chip(name)
+    assert known.torus_dims is not None
+    assert known.max_chips is not None
+    assert known.usable_hbm_bytes is not None
+    return Chip(
+        dims=known.torus_dims,
+        max_chips=known.max_chips,
+        hbm_gib=known.usable_hbm_bytes / GIB,
+        devices_per_chip=known.devices_per_chip,
+        **named,
     )
-    return tuple(sorted((tuple(CUBE * size for size in shape) for shape in shapes), key=lambda s: (math.prod(s), s)))
 
 
 CHIPS = {
-    "v4": Chip(
-        topology="v4", accelerator="v4", dims=3, max_chips=4096, hbm_gib=30.75, cores_in_name=2, chip_config="megacore"
-    ),
-    "v5e": Chip(topology="v5e", accelerator="v5litepod", dims=2, max_chips=256, hbm_gib=15.75),
-    "v5p": Chip(topology="v5p", accelerator="v5p", dims=3, max_chips=8960, hbm_gib=95.73, cores_in_name=2),
-    "v6e": Chip(topology="v6e", accelerator="v6e", dims=2, max_chips=256, hbm_gib=31.24),
-    "v7x": Chip(
-        topology="tpu7x",
-        accelerator="tpu7x",
-        dims=3,
-        max_chips=9216,
-        hbm_gib=94.74,
-        cores_in_name=2,
-        devices_per_chip=2,
-    ),
+    "v4": _chip("v4", topology="v4", accelerator="v4", cores_in_name=2, chip_config="megacore"),
+    "v5e": _chip("v5e", topology="v5e", accelerator="v5litepod"),
+    "v5p": _chip("v5p", topology="v5p", accelerator="v5p", cores_in_name=2),
+    "v6e": _chip("v6e", topology="v6e", accelerator="v6e"),
+    "v7x": _chip("v7x", topology="tpu7x", accelerator="tpu7x", cores_in_name=2),
 }
 ALIASES = {"v5litepod": "v5e", "tpu7x": "v7x"}
 

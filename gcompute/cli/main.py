@@ -52,6 +52,10 @@ COMMANDS = {
         about="Prove every parallel strategy equal to one device: values, gradients, collectives.",
         example="gcompute certify --html certificate.html",
     ),
+    "chips": Entry(
+        about="List chips and what they can do, every figure with its source and date.",
+        example="gcompute chips v5p",
+    ),
     "machine": Entry(
         about="Show the devices and memory here, and measure their roofline.",
         example="gcompute machine --json",

@@ -1,1 +1,1 @@
-"""What chips can do: a catalogue with the source of every figure, slices and links, prices."""
+"""What chips can do: a catalogue with the source of every figure, prices, the slices of a TPU and their links."""
