@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gcompute.config.fields import nearest
-from gcompute.hardware.catalogue import find_chip
+from gcompute.hardware.catalogue import ALIASES, find_chip
 from gcompute.hardware.torus import legal_slices
 
 INSTALL = "pip install gcompute[tpu-aot]"
@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chip:
+class Generation:
     """A TPU generation as its compiler knows it.
 
     `accelerator` begins the names of whole slices, as in v5p-128; on some generations these count cores, and
@@ -44,13 +44,13 @@ class Chip:
         return legal_slices(self.dims, self.max_chips)
 
 
-def _chip(name: str, **named: Any) -> Chip:
+def _chip(name: str, **named: Any) -> Generation:
     """What the catalogue knows of a chip, with the names that its compiler uses."""
     known = find_chip(name)
     assert known.torus_dims is not None
     assert known.max_chips is not None
     assert known.usable_hbm_bytes is not None
-    return Chip(
+    return Generation(
         dims=known.torus_dims,
         max_chips=known.max_chips,
         hbm_gib=known.usable_hbm_bytes / GIB,
@@ -66,7 +66,6 @@ CHIPS = {
     "v6e": _chip("v6e", topology="v6e", accelerator="v6e"),
     "v7x": _chip("v7x", topology="tpu7x", accelerator="tpu7x", cores_in_name=2),
 }
-ALIASES = {"v5litepod": "v5e", "tpu7x": "v7x"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +91,7 @@ class Target:
         if match is None:
             raise ValueError(f"target {text!r} is not understood. Give a chip and its slice, as in v5e:4x4 or cpu:8.")
         slices, chip, separator, size = int(match[1] or 1), match[2], match[3], match[4] or ""
-        chip = ALIASES.get(chip, chip)
+        chip = ALIASES[chip] if ALIASES.get(chip) in CHIPS else chip
         if chip not in CHIPS and chip != "cpu":
             raise ValueError(f"chip {chip!r} is not known. {nearest(chip, [*CHIPS, 'cpu'])}")
         if slices < 1:

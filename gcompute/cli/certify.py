@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -14,10 +13,11 @@ from typing import Any
 
 import click
 
-from gcompute.aot.target import INSTALL, Target, check_installed, target_environment
+from gcompute.aot.target import INSTALL, Target, check_installed
 from gcompute.certify.strategies import STRATEGIES
 from gcompute.cli.environment import quiet_backends
 from gcompute.cli.flags import SectionedCommand
+from gcompute.cli.worker import start_worker
 from gcompute.config.fields import nearest
 
 RED = 1
@@ -149,24 +149,11 @@ def _answers(request: dict[str, Any], target: Target) -> Iterator[dict[str, Any]
     Raises:
       ValueError: what was asked does not go together, or the process ended before it was done.
     """
-    environment = {**os.environ, **target_environment(target)}
     with tempfile.TemporaryFile() as noise:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gcompute.cli.certify_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=noise,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
+        process = start_worker("gcompute.cli.certify_worker", request, target, noise)
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            # A worker that could not start says why on its standard error.
-            with suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(request) + "\n")
-                process.stdin.flush()
             for line in process.stdout:
                 answer = json.loads(line)
                 if "error" in answer:

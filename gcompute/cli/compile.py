@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext, suppress
@@ -12,9 +10,10 @@ from typing import Any
 
 import click
 
-from gcompute.aot.target import INSTALL, Target, check_installed, target_environment
+from gcompute.aot.target import INSTALL, Target, check_installed
 from gcompute.cli.flags import SectionedCommand, config_options, given, read_toml
 from gcompute.cli.run_directory import SECTIONS
+from gcompute.cli.worker import start_worker
 from gcompute.config.fields import nearest
 from gcompute.config.mesh import MeshShape
 from gcompute.config.model import ModelConfig
@@ -129,25 +128,12 @@ def compile_elsewhere(request: dict[str, Any], target: Target) -> dict[str, Any]
     Raises:
       ValueError: what was asked does not go together, or the compiler failed.
     """
-    environment = {**os.environ, **target_environment(target)}
     with tempfile.TemporaryFile() as noise:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gcompute.cli.compile_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=noise,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
+        process = start_worker("gcompute.cli.compile_worker", request, target, noise)
         assert process.stdin is not None
         assert process.stdout is not None
         answer: dict[str, Any] = {}
         try:
-            # A worker that could not start says why on its standard error.
-            with suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(request) + "\n")
-                process.stdin.flush()
             with _spinner() as status:
                 for line in process.stdout:
                     answer = json.loads(line)

@@ -47,13 +47,12 @@ class Attention:
 class FeedForward:
     """Feed-forward part of one layer: `width` F of each expert, or of the one network where `experts` is None.
 
-    keeps: arrays of F that its backward pass needs, matmul results and output among them. shared_width: F of what every
-    token goes through beside the experts that it is sent to. capacity_factor: as in ModelConfig.
+    shared_width: F of what every token goes through beside the experts that it is sent to. capacity_factor: as in
+      ModelConfig.
     """
 
     width: int
     gated: bool
-    keeps: int = 6
     bias: bool = False
     experts: int | None = None
     experts_per_token: int = 1
@@ -113,7 +112,6 @@ def architecture(config: ModelConfig, name: str = "model") -> Architecture:
     feed_forward = FeedForward(
         width=config.ffn_size,
         gated=config.gated,
-        keeps={"swiglu": 6, "gelu": 2, "gelu_tanh": 6}[config.activation],
         bias=config.bias,
         experts=config.experts,
         experts_per_token=config.num_active_experts,
