@@ -21,8 +21,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gcompute.aot.target import Target, check_installed, target_environment
+from gcompute.aot.target import check_installed, target_environment
 from gcompute.cli.environment import quiet_backends
+from gcompute.hardware.target import Target
 
 LEAST_DEVICES = 8
 UNEXPLAINED = 1

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from gcompute.aot.compiler import Buffer, MemoryByKind, compile_lowered
 from gcompute.aot.hlo import Collective, read_collectives
-from gcompute.aot.target import Target
+from gcompute.hardware.target import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +65,15 @@ def compile_report(
     """
     done = compile_lowered(lowered, target.backend)
     read = read_collectives(done.text, mesh, transfers=done.transfers) if done.text is not None else []
+    needed, limit = done.memory.total_bytes, done.available_bytes or target.hbm_bytes
     report = CompileReport(
         target=str(target),
         num_devices=target.num_devices,
         compile_s=done.compile_s,
-        fits=done.fits,
-        needed_bytes=done.memory.total_bytes,
-        limit_bytes=done.available_bytes or target.hbm_bytes,
+        # XLA compiles for a GPU, and for a CPU, what does not fit it.
+        fits=done.fits and (limit is None or needed <= limit),
+        needed_bytes=needed,
+        limit_bytes=limit,
         memory=done.memory,
         largest=done.largest,
         collectives=total_collectives(read),

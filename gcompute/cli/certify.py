@@ -13,12 +13,13 @@ from typing import Any
 
 import click
 
-from gcompute.aot.target import INSTALL, Target, check_installed
+from gcompute.aot.target import INSTALL, check_installed, compile_target
 from gcompute.certify.strategies import STRATEGIES
 from gcompute.cli.environment import quiet_backends
 from gcompute.cli.flags import SectionedCommand
 from gcompute.cli.worker import start_worker
 from gcompute.config.fields import nearest
+from gcompute.hardware.target import Target
 
 RED = 1
 LAST_LINES = 20
@@ -43,7 +44,9 @@ class CertifyCommand(SectionedCommand):
 @click.option("--strategy", help=f"Rows of one strategy: {', '.join(STRATEGIES)}.  [all]")
 @click.option("--devices", type=click.IntRange(1), default=8, help="Fake CPU devices to run on.  [8]")
 @click.option("--quick", is_flag=True, help="One row of each strategy, in seconds.")
-@click.option("--on", "target_text", help=f"Compile every row for this target too, as in v5e:2x4.  Needs: {INSTALL}")
+@click.option(
+    "--on", "target_text", help=f"Compile every row for this target too, as in v5e:2x4.  Needs: {INSTALL['tpu']}"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--html", "html_path", type=click.Path(path_type=Path), help="Write one self-contained page to this file."
@@ -63,7 +66,7 @@ def command(
         raise ValueError(f"strategy {strategy!r} is not known. {nearest(strategy, STRATEGIES)}")
     if html_path is not None and not html_path.absolute().parent.is_dir():
         raise ValueError(f"--html {html_path}: there is no directory {html_path.absolute().parent}.")
-    target = None if target_text is None else Target.parse(target_text)
+    target = None if target_text is None else compile_target(target_text)
     if target is not None:
         check_installed(target)
     if "jax" not in sys.modules:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from gcompute.aot.target import Target
+from gcompute.hardware.target import Target
 
 
 def main() -> None:

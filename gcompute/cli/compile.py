@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from gcompute.aot.target import INSTALL, Target, check_installed
+from gcompute.aot.target import INSTALL, check_installed, compile_target
 from gcompute.cli.flags import SectionedCommand, config_options, given, read_toml
 from gcompute.cli.run_directory import SECTIONS
 from gcompute.cli.worker import start_worker
@@ -19,8 +19,10 @@ from gcompute.config.mesh import MeshShape
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_config
 from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from gcompute.hardware.target import Target
 
 DOES_NOT_FIT = 1
+NEEDS = f"TPUs: {INSTALL['tpu']}; GPUs: {INSTALL['gpu']}"
 # These change how long a run goes on and what it keeps, not its step.
 NOT_OF_A_STEP = {
     *("steps", "seed", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps"),
@@ -73,7 +75,7 @@ def command(ctx: click.Context) -> None:
 
 @command.command(name="train", cls=CompileTrainCommand)
 @click.argument("model")
-@click.option("--on", "target_text", required=True, help=f"Chips: v5e:4x4, 2*v5e:4x4, cpu:8.  TPUs need: {INSTALL}")
+@click.option("--on", "target_text", required=True, help=f"v5e:4x4, 2*v5e:4x4, h100:8, cpu:8.  Needs: {NEEDS}")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML: [model] [optimizer] [train].")
 @click.option("--hlo", type=click.Path(path_type=Path), help="Write the compiled program's text to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -87,7 +89,7 @@ def train(
 
     Exit status 0: it fits; 1: it does not; 2: what was asked does not go together.
     """
-    target = Target.parse(target_text)
+    target = compile_target(target_text)
     settings = read_toml(config_file, SECTIONS) if config_file else {}
     run = _run_config(model, target, settings, values)
     check_installed(target)

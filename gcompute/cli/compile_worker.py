@@ -13,8 +13,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from gcompute.aot.target import Target
 from gcompute.cli.run_directory import run_from_plain
+from gcompute.hardware.target import Target
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from gcompute.aot.target import Target, target_environment
+from gcompute.aot.target import target_environment
+from gcompute.hardware.target import Target
 
 
 def start_worker(module: str, request: dict[str, Any], target: Target, noise: Any) -> subprocess.Popen[str]:

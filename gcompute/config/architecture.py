@@ -60,6 +60,15 @@ class FeedForward:
     capacity_factor: float | None = None
 
     @property
+    def rows_per_token(self) -> float:
+        """Rows that the experts multiply for each token: k times the capacity factor; all E where there is none."""
+        if self.experts is None:
+            return 1.0
+        if self.capacity_factor is None:
+            return float(self.experts)
+        return min(float(self.experts), self.experts_per_token * self.capacity_factor)
+
+    @property
     def num_up(self) -> int:
         """Matrices from D to F: two where one gates the other."""
         return 2 if self.gated else 1

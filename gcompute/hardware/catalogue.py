@@ -32,9 +32,10 @@ UNITS = {
     "_chips": {"chips": 1.0},
     "wrap_multiple": {"chips": 1.0},
     "torus_dims": {"dims": 1.0},
+    "matrix_dim": {"lanes": 1.0},
     "devices_per_chip": {"devices": 1.0},
 }
-WHOLE = {"chips", "dims", "devices"}
+WHOLE = {"chips", "dims", "devices", "lanes"}
 # No chip costs this much; catalogues hold such values where they know no price.
 MOST_USD_PER_HOUR = 200.0
 FIELDS = {field.name for field in dataclasses.fields(Chip)} - {"name", "kind", "about", "figures", PEAKS}

@@ -25,7 +25,7 @@ class Chip:
     kind: "tpu", "gpu" or "cpu".
     peak_flops_per_s: dense peak by operand dtype; one that is absent has no units of its own, or is not stated.
     hbm_bytes: nominal memory of the chip. usable_hbm_bytes: what the compiler lets one device use.
-    vmem_bytes: the memory beside the matrix units of a TPU.
+    vmem_bytes: the memory beside the matrix units of a TPU. matrix_dim: the sides of one such unit.
     devices_per_chip: how many devices JAX shows for a chip; peaks, bandwidths and hbm_bytes are the chip's.
     link_bytes_per_s: one direction of one ICI link; a chip has one link either way on each of `torus_dims` axes.
     wrap_multiple: see `torus.wraparound`. max_chips: of the largest slice. hop_latency_s: of one ICI hop.
@@ -42,6 +42,7 @@ class Chip:
     hbm_bytes_per_s: float
     usable_hbm_bytes: float | None = None
     vmem_bytes: float | None = None
+    matrix_dim: int | None = None
     devices_per_chip: int = 1
     link_bytes_per_s: float | None = None
     torus_dims: int | None = None

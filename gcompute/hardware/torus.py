@@ -5,14 +5,14 @@ from functools import cache
 
 from gcompute.hardware.chip import Chip
 
-SMALL_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+SMALL_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32))
 SMALL_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 CUBE = 4
 
 
 def legal_slices(torus_dims: int, max_chips: int) -> tuple[tuple[int, ...], ...]:
-    """The shapes that can be rented, smallest first: 2D up to a pod of 16x16; 3D a few small ones, then cubes of 4x4x4
-    side by side up to a pod, sizes in rising order.
+    """The shapes that can be rented, smallest first: 2D up to a pod (16x16, or 32x32 of a v3); 3D a few small, then
+    cubes of 4x4x4 side by side up to a pod, sizes in rising order.
 
     >>> legal_slices(3, 128)[-2:]
     ((4, 4, 4), (4, 4, 8))
@@ -39,7 +39,7 @@ def _cubes(max_chips: int) -> tuple[tuple[int, ...], ...]:
 def wraparound(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, ...]:
     """For each axis of a slice, whether a link joins its last chip to its first.
 
-    On 2D chips where the axis has all 16 of a pod; on 3D ones in slices of whole cubes, whose optical switches close
+    On 2D chips where the axis has all chips of a pod; on 3D ones in slices of whole cubes, whose optical switches close
     every axis.
 
     >>> from gcompute.hardware.catalogue import find_chip

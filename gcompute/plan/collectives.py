@@ -1,9 +1,10 @@
-"""Predict how long a collective takes along one ring or line of chips. Predictions from formulae, not measurements.
+"""Predict how long a collective takes: on rings or lines of a torus, through a switch, over the network between them.
 
-Each chip has one link either way along a torus axis. Bytes are of whole arrays: what all devices of the axis have
-together after an all-gather, or before a reduce-scatter.
+Predictions from formulae, not measurements. Each TPU chip has one link either way along a torus axis. Bytes are of
+whole arrays: what a device has after an all-gather, or before a reduce-scatter.
 """
 
+import math
 from dataclasses import dataclass
 
 from gcompute.hardware.chip import Chip
@@ -53,64 +54,193 @@ def torus_ring(chip: Chip, num_chips: int, *, wraparound: bool) -> Ring:
     )
 
 
-def all_gather_s(whole_bytes: float, *rings: Ring) -> float:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """`num_devices` that a switch joins all to all, each with `bytes_per_s` one way into it."""
+
+    num_devices: int
+    bytes_per_s: float
+    latency_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_devices < 1 or self.bytes_per_s <= 0 or self.latency_s < 0:
+            raise ValueError(
+                f"a switch needs num_devices of at least 1, bytes_per_s above 0 and latency_s of at least 0, got"
+                f" {self.num_devices}, {self.bytes_per_s} and {self.latency_s}."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """`num_groups` hosts or slices that a network joins; each of their devices has a share of `bytes_per_s` one way."""
+
+    num_groups: int
+    bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        if self.num_groups < 1 or self.bytes_per_s <= 0:
+            raise ValueError(
+                f"a network needs num_groups of at least 1 and bytes_per_s above 0, got {self.num_groups} and"
+                f" {self.bytes_per_s}."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """What one mesh axis runs on: fast links inside, `rings` or a `switch`, and a `network` between groups of them.
+
+    pipelined: both levels work at once, piece by piece, as NCCL does; else one waits for the other.
+    """
+
+    rings: tuple[Ring, ...] = ()
+    switch: Switch | None = None
+    network: Network | None = None
+    pipelined: bool = False
+
+    @property
+    def num_inside(self) -> int:
+        """Devices that the fast links join, where rings or a switch do."""
+        rings = math.prod(ring.num_chips for ring in self.rings)
+        return rings * (self.switch.num_devices if self.switch else 1)
+
+    @property
+    def slowest(self) -> str:
+        """What to call the links that bound it: "DCN", "NVLink" or "ICI"."""
+        if self.network is not None:
+            return "DCN"
+        return "NVLink" if self.switch is not None else "ICI"
+
+
+Link = Ring | Switch | Network | Route
+
+
+def all_gather_s(whole_bytes: float, *links: Link) -> float:
     """Seconds until every device has the whole array, of which each had an equal part.
 
     One ring: t = max(V / (2 W), hops latency): V / n leaves by each link at each of n / 2 steps. A line of n chips
     takes n - 1 steps, t = max((n - 1) / n V / W, hops latency). Several axes of a torus share the bytes and gather at
-    once: t = max(V / (sum of their rates), total hops latency), where V is what each device has at the end.
+    once, t = max(V / (sum of their rates), total hops latency); where some are lines, a chip at the corner gets what it
+    lacks by its fewest links. A switch or network of n: t = (n - 1) / n V / W, W of one device. Two levels: first each
+    device gets its share from the other groups, then all get all inside; NCCL does both at once.
 
     >>> ring = Ring(num_chips=16, link_bytes_per_s=45e9)
     >>> all_gather_s(90e9, ring)
     1.0
+    >>> round(all_gather_s(90e9, Switch(num_devices=8, bytes_per_s=450e9)), 3)
+    0.175
 
     Raises:
-      ValueError: the bytes are below 0, or there is no ring.
-    Source: scaling-book, "sharding", AllGather.
+      ValueError: the bytes are below 0, or there are no links.
+    Source: scaling-book, "sharding", AllGather; "gpus", collectives inside a node and across nodes.
     """
     if whole_bytes < 0:
         raise ValueError(f"whole_bytes={whole_bytes} must be at least 0.")
-    rings = _split(rings)
-    if not rings:
-        return 0.0
-    bytes_per_s = sum(_gather_rate(ring) for ring in rings)
-    return max(whole_bytes / bytes_per_s, sum(ring.num_hops * ring.hop_latency_s for ring in rings))
+    if not links:
+        raise ValueError("a collective needs at least one ring, switch or network.")
+    route = _as_route(links)
+    inside = max(_rings_s(whole_bytes, route.rings), _switch_s(whole_bytes, route.switch))
+    if route.network is None or route.network.num_groups == 1:
+        return inside
+    groups = route.network.num_groups
+    across = whole_bytes / route.num_inside * (groups - 1) / groups / route.network.bytes_per_s
+    return max(inside, across) if route.pipelined else inside + across
 
 
-def reduce_scatter_s(whole_bytes: float, *rings: Ring) -> float:
+def reduce_scatter_s(whole_bytes: float, *links: Link) -> float:
     """Seconds until each device has its part of the sum: the same as an all-gather, run backwards."""
-    return all_gather_s(whole_bytes, *rings)
+    return all_gather_s(whole_bytes, *links)
 
 
-def all_reduce_s(whole_bytes: float, *rings: Ring) -> float:
-    """Seconds until every device has the sum: a reduce-scatter, then an all-gather."""
-    return 2 * all_gather_s(whole_bytes, *rings)
+def all_reduce_s(whole_bytes: float, *links: Link, in_network: bool = False) -> float:
+    """Seconds until every device has the sum: a reduce-scatter, then an all-gather.
+
+    in_network: the switch adds up by itself (SHARP), and each device sends and receives the array once.
+
+    Source: scaling-book, "gpus", in-network reductions.
+    """
+    return all_gather_s(whole_bytes, *links) * (1 if in_network else 2)
 
 
-def all_to_all_s(whole_bytes: float, ring: Ring) -> float:
-    """Seconds until an array split over the ring along one dim is split along another.
+def all_to_all_s(whole_bytes: float, *links: Link) -> float:
+    """Seconds until an array split over the links along one dim is split along another.
 
-    Half the chips' data cross the middle of the ring. Closed: t = V / (8 W), a quarter of an all-gather; a line has
-    half of the links there and the largest distances, t = V / (4 W). At least hops latency.
+    Half the chips' data cross the middle of a ring. Closed: t = V / (8 W), a quarter of an all-gather; a line has half
+    of the links there and the largest distances, t = V / (4 W). At least hops latency. On several rings each is crossed
+    by all bytes. Behind a switch each of n devices sends (n - 1) / n of its V / n; over a network what goes to other
+    groups leaves through the device's own share of it.
 
-    Source: scaling-book, "sharding", AllToAll.
+    Source: scaling-book, "sharding", AllToAll; "gpus", AllToAll.
     """
     if whole_bytes < 0:
         raise ValueError(f"whole_bytes={whole_bytes} must be at least 0.")
-    if ring.num_chips == 1:
-        return 0.0
-    links = 8 if ring.wraparound else 4
-    return max(whole_bytes / (links * ring.link_bytes_per_s), ring.num_hops * ring.hop_latency_s)
+    route = _as_route(links)
+    seconds = 0.0
+    for ring in (ring for ring in route.rings if ring.num_chips > 1):
+        # The other rings carry their own parts of the array.
+        share = whole_bytes * ring.num_chips / route.num_inside
+        crossing = share / ((8 if ring.wraparound else 4) * ring.link_bytes_per_s)
+        seconds += max(crossing, ring.num_hops * ring.hop_latency_s)
+    devices = route.num_inside * (route.network.num_groups if route.network else 1)
+    own = whole_bytes / devices
+    if route.switch is not None and route.switch.num_devices > 1:
+        n = route.switch.num_devices
+        seconds = max(own * (n - 1) / devices / route.switch.bytes_per_s, route.switch.latency_s)
+    if route.network is not None and route.network.num_groups > 1:
+        groups = route.network.num_groups
+        across = own * (groups - 1) / groups / route.network.bytes_per_s
+        seconds = max(seconds, across) if route.pipelined else seconds + across
+    return seconds
 
 
-def _split(rings: tuple[Ring, ...]) -> tuple[Ring, ...]:
+def permute_s(sent_bytes: float, *links: Link) -> float:
+    """Seconds until every device has sent `sent_bytes` to the next one of its axis, and got as much.
+
+    Inside one hop over one link; at the border of a group over the network.
+    """
+    if sent_bytes < 0:
+        raise ValueError(f"sent_bytes={sent_bytes} must be at least 0.")
+    route = _as_route(links)
+    seconds = 0.0
+    for ring in (ring for ring in route.rings if ring.num_chips > 1):
+        seconds = max(seconds, sent_bytes / ring.link_bytes_per_s, ring.hop_latency_s)
+    if route.switch is not None and route.switch.num_devices > 1:
+        seconds = max(seconds, sent_bytes / route.switch.bytes_per_s, route.switch.latency_s)
+    if route.network is not None and route.network.num_groups > 1:
+        seconds = max(seconds, sent_bytes / route.network.bytes_per_s)
+    return seconds
+
+
+def _as_route(links: tuple[Link, ...]) -> Route:
+    if len(links) == 1 and isinstance(links[0], Route):
+        return links[0]
+    rings = tuple(link for link in links if isinstance(link, Ring))
+    switches = [link for link in links if isinstance(link, Switch)]
+    networks = [link for link in links if isinstance(link, Network)]
+    if len(switches) > 1 or len(networks) > 1 or any(isinstance(link, Route) for link in links):
+        raise ValueError("links are rings with at most one switch and one network, or one route alone.")
+    return Route(
+        rings=rings,
+        switch=switches[0] if switches else None,
+        network=networks[0] if networks else None,
+        pipelined=bool(switches),
+    )
+
+
+def _rings_s(whole_bytes: float, rings: tuple[Ring, ...]) -> float:
+    rings = tuple(ring for ring in rings if ring.num_chips > 1)
     if not rings:
-        raise ValueError("a collective needs at least one ring.")
-    return tuple(ring for ring in rings if ring.num_chips > 1)
+        return 0.0
+    latency_s = sum(ring.num_hops * ring.hop_latency_s for ring in rings)
+    # A ring brings bytes by two links, the end of a line by one.
+    bytes_per_s = sum((2 if ring.wraparound else 1) * ring.link_bytes_per_s for ring in rings)
+    if not all(ring.wraparound for ring in rings):
+        chips = math.prod(ring.num_chips for ring in rings)
+        bytes_per_s *= chips / (chips - 1)
+    return max(whole_bytes / bytes_per_s, latency_s)
 
 
-def _gather_rate(ring: Ring) -> float:
-    """Bytes of the whole array a second: over both links of a ring; to the end of a line, all by one link."""
-    if ring.wraparound:
-        return 2 * ring.link_bytes_per_s
-    return ring.link_bytes_per_s * ring.num_chips / (ring.num_chips - 1)
+def _switch_s(whole_bytes: float, switch: Switch | None) -> float:
+    if switch is None or switch.num_devices == 1:
+        return 0.0
+    n = switch.num_devices
+    return max(whole_bytes * (n - 1) / n / switch.bytes_per_s, switch.latency_s)

@@ -17,8 +17,8 @@ from gcompute.aot.compiler import (
     parse_transfers,
 )
 from gcompute.aot.report import compile_report
-from gcompute.aot.target import Target
 from gcompute.config.mesh import Axis
+from gcompute.hardware.target import Target
 
 P = PartitionSpec
 

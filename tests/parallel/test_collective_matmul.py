@@ -22,8 +22,9 @@ from per_device import (
     tensor_mesh,
 )
 
-from gcompute.aot.target import Target, check_installed, target_environment
+from gcompute.aot.target import check_installed, target_environment
 from gcompute.config.mesh import Axis
+from gcompute.hardware.target import Target
 from gcompute.parallel import collective_matmul
 from gcompute.parallel.collective_matmul import all_gather_matmul, feed_forward, matmul_reduce_scatter
 from gcompute.parallel.tensor import feed_forward_specs

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from gcompute.aot.target import Target, target_environment
+from gcompute.aot.target import target_environment
+from gcompute.hardware.target import Target
 
 pytestmark = [
     pytest.mark.slow,
@@ -18,7 +19,8 @@ pytestmark = [
 
 PROGRAM = """
 import json, sys
-from gcompute.aot.target import Target, target_devices
+from gcompute.aot.target import target_devices
+from gcompute.hardware.target import Target
 from gcompute.config.mesh import MeshShape
 from gcompute.parallel.mesh import build_mesh
 found = []

@@ -19,8 +19,9 @@ from textbook_attention import causal_attention
 
 from gcompute.aot.hlo import count_collectives, program_text, read_collectives
 from gcompute.aot.program_text import parse_programs
-from gcompute.aot.target import Target, check_installed, target_environment
+from gcompute.aot.target import check_installed, target_environment
 from gcompute.config.mesh import Axis, MeshShape
+from gcompute.hardware.target import Target
 from gcompute.parallel import ring_attention as module
 from gcompute.parallel.collectives import HAS_PCAST
 from gcompute.parallel.load_balance import LAYOUTS, inverse_order, sequence_order
@@ -426,7 +427,8 @@ from functools import partial
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from gcompute.aot.hlo import count_collectives
-from gcompute.aot.target import Target, target_devices
+from gcompute.aot.target import target_devices
+from gcompute.hardware.target import Target
 from gcompute.config.mesh import Axis, MeshShape
 from gcompute.parallel.mesh import build_mesh
 from gcompute.parallel.ring_attention import ring_attention

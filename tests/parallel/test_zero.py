@@ -411,7 +411,8 @@ def trace(optimizer):
 # Every data-parallel and ZeRO step on a v5e:2x4, two microbatches: its collectives of more than a few bytes.
 ON_TPU = """
 import json, os
-from gcompute.aot.target import Target, target_devices, target_environment
+from gcompute.aot.target import target_devices, target_environment
+from gcompute.hardware.target import Target
 
 target = Target.parse("v5e:2x4")
 os.environ.update(target_environment(target))

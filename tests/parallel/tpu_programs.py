@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gcompute.aot.hlo import count_collectives
-from gcompute.aot.target import Target, target_devices
+from gcompute.aot.target import target_devices
 from gcompute.config.mesh import Axis, MeshShape
+from gcompute.hardware.target import Target
 from gcompute.parallel import collective_matmul, tensor
 from gcompute.parallel.mesh import build_mesh
 from gcompute.parallel.sequence import gather_column_parallel, row_parallel_scatter, sequence_specs

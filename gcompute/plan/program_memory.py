@@ -1,0 +1,193 @@
+"""Predict the memory of a train step as the TPU compiler lays it out, attention being done by a kernel.
+
+What a step keeps (parameters, optimizer, gradients, the activations of every layer) follows from shapes and is exact.
+What it works with while one layer is differentiated does not: the compiler's buffers there were read from its own
+reports, and the six shares below were fitted once to its totals (`gcompute exam` compares them with every program it
+was asked for). `plan.memory` predicts the step whose attention is plain XLA, as on a CPU.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from gcompute.config.architecture import Architecture, Layers
+from gcompute.plan.memory import loss_chunks
+from gcompute.plan.sizes import attention_params, feed_forward_params
+from gcompute.plan.train_time import TrainRun, params_on_device
+
+WIDE, NARROW = 4, 2
+# Of the arrays that lie beside what is kept while a layer is differentiated, how many of each there are. `head`: the
+# output layer in float32; `feed_forward`, `stream`, `wide_stream`: of its tokens' F and D, in the residual's dtype and
+# in float32; `block`: one layer's gathered matrices; `copies`: the device's own parameters cast for products.
+WORKSPACE: Mapping[str, float] = MappingProxyType(
+    {"head": 1.24, "feed_forward": 2.32, "wide_stream": 3.26, "stream": 11.4, "block": 2.4, "copies": 0.62}
+)
+# While losses are computed: the output layer twice in float32 and once for products, and three chunks of logits.
+HEADS_IN_LOSS, CHUNKS_IN_LOSS = 2.5, 3
+# Gradients summed over microbatches: the sum, and the one that a microbatch adds.
+ACCUMULATORS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramMemory:
+    """Predicted bytes on the fullest device, by component.
+
+    total_bytes: parameters, optimizer, accumulator and activations, and the larger of what the losses need
+    (`logits_bytes`) and what a layer's gradient does (`gradients_bytes`, `workspace_bytes`).
+    """
+
+    parameters_bytes: float
+    optimizer_bytes: float
+    accumulator_bytes: float
+    activations_bytes: float
+    gradients_bytes: float
+    workspace_bytes: float
+    logits_bytes: float
+
+    @property
+    def arguments_bytes(self) -> float:
+        """What the step is given, and gives back in its place."""
+        return self.parameters_bytes + self.optimizer_bytes
+
+    @property
+    def temporaries_bytes(self) -> float:
+        working = max(self.gradients_bytes + self.workspace_bytes, self.logits_bytes)
+        return self.accumulator_bytes + self.activations_bytes + working
+
+    @property
+    def total_bytes(self) -> float:
+        return self.arguments_bytes + self.temporaries_bytes
+
+    def to_dict(self) -> dict[str, float]:
+        derived = {name: getattr(self, name) for name in ("arguments_bytes", "temporaries_bytes", "total_bytes")}
+        return {**dataclasses.asdict(self), **derived}
+
+
+def program_memory(
+    run: TrainRun, *, residual_bytes: float = WIDE, workspace: Mapping[str, float] = WORKSPACE
+) -> ProgramMemory:
+    """Predict the memory of one step of `run` on its fullest device.
+
+    With P parameters on the device, t tokens of a microbatch, n tensor shares and r bytes of residual stream:
+
+    - parameters 4 P, optimizer 4 P a value of state (over data too with ZeRO), gradients 4 P, accumulator 8 P where
+      there are microbatches.
+    - activations: t `kept_bytes` for every layer here, of min(stage, accumulation) microbatches.
+    - workspace: the sum of `WORKSPACE` times its arrays. logits: while losses are computed.
+
+    Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4, for what each rematerialisation keeps; the shares of
+    the workspace: libtpu 0.0.52.
+    """
+    model, mesh = run.model, run.mesh
+    stored, _ = params_on_device(run)
+    tokens, scattered = run.local_tokens, mesh.tensor if run.sequence_parallel else 1
+    in_flight = min(mesh.stage, run.accumulation) if mesh.stage > 1 else 1
+    kept = sum(
+        group.num
+        / mesh.stage
+        * kept_bytes(model, group, remat=_policy(run), tensor=mesh.tensor, scattered=scattered, residual=residual_bytes)
+        for group in model.layers
+    )
+    wide = max(model.layers, key=lambda group: group.feed_forward.width * group.feed_forward.rows_per_token)
+    vocab = model.vocab / mesh.tensor
+    head = WIDE * model.dim * vocab if mesh.fsdp > 1 else 0.0
+    chunk = WIDE * tokens * vocab / loss_chunks(max(1, int(tokens)), max(1, int(vocab)))
+    arrays = {
+        "head": head,
+        "feed_forward": residual_bytes * tokens * _feed_forward_values(wide, mesh.tensor),
+        "wide_stream": WIDE * tokens * model.dim,
+        "stream": residual_bytes * tokens * model.dim / scattered,
+        "block": NARROW * _block_params(wide, model.dim) / (mesh.tensor * _experts_split(wide, mesh.expert)),
+        "copies": NARROW * stored,
+    }
+    if mesh.fsdp == 1:
+        arrays["block"] = 0.0
+    state = stored / (mesh.data if run.zero else 1)
+    return ProgramMemory(
+        parameters_bytes=WIDE * stored,
+        optimizer_bytes=WIDE * state * run.state_values,
+        accumulator_bytes=ACCUMULATORS * WIDE * stored if run.accumulation > 1 else 0.0,
+        activations_bytes=in_flight * tokens * kept,
+        gradients_bytes=WIDE * stored,
+        workspace_bytes=sum(workspace[name] * size for name, size in arrays.items()),
+        logits_bytes=HEADS_IN_LOSS * head + CHUNKS_IN_LOSS * chunk,
+    )
+
+
+def kept_bytes(
+    model: Architecture, group: Layers, *, remat: str, tensor: int, scattered: int, residual: float
+) -> float:
+    """Bytes that one layer keeps for its backward pass, per token of a device.
+
+    - full: its input, r D / s; s is `tensor` where the stream between blocks is split over it.
+    - dots: that and the attention's projection; q in float32, k in float32 and v rounded; up and gate, r F each.
+    - none: what the gradients of norms (4 D in float32, 2 D rounded), attention (q, its result twice, k, v, rounded)
+      and the feed-forward layer (five F in float32 and one rounded where it is gated, else three and one) need.
+    """
+    attention, fed = group.attention, group.feed_forward
+    dim = model.dim
+    heads, value = attention.heads / tensor, attention.value_size
+    kv_heads = max(1.0, attention.kv_heads / tensor)
+    width = _feed_forward_values(group, tensor)
+    if remat == "full":
+        return residual * dim / scattered
+    if remat == "dots":
+        keys = kv_heads * (WIDE * attention.head_dim + NARROW * value)
+        return 2 * residual * dim / scattered + WIDE * heads * attention.head_dim + keys + residual * fed.num_up * width
+    stream = 4 * WIDE * dim / scattered + 2 * NARROW * dim
+    attended = NARROW * (heads * (attention.head_dim + 2 * value) + kv_heads * (attention.head_dim + value))
+    return stream + attended + ((5 if fed.gated else 3) * WIDE + NARROW) * width
+
+
+def _policy(run: TrainRun) -> str:
+    return run.remat if isinstance(run.remat, str) else "full"
+
+
+def _feed_forward_values(group: Layers, tensor: int) -> float:
+    """Values of F that a token has in one layer, empty places of experts among them."""
+    fed = group.feed_forward
+    return (fed.width * fed.rows_per_token + fed.shared_width) / tensor
+
+
+def _block_params(group: Layers, dim: int) -> float:
+    return float(attention_params(group.attention, dim)[0] + feed_forward_params(group.feed_forward, dim)[0])
+
+
+def _experts_split(group: Layers, expert: int) -> int:
+    return expert if group.feed_forward.experts else 1
+
+
+def largest_batch(run: TrainRun, available_bytes: float, *, residual_bytes: float = WIDE) -> int:
+    """The largest batch whose predicted memory fits, a multiple of what the mesh and microbatches divide; 0 if none."""
+    unit = run.mesh.batch_shards * run.accumulation
+
+    def fits(times: int) -> bool:
+        tried = dataclasses.replace(run, batch=times * unit)
+        return program_memory(tried, residual_bytes=residual_bytes).total_bytes <= available_bytes
+
+    return _largest(fits) * unit
+
+
+def largest_context(run: TrainRun, available_bytes: float, *, residual_bytes: float = WIDE, step: int = 128) -> int:
+    """The longest sequence whose predicted memory fits at this batch, a multiple of `step`; 0 if none."""
+
+    def fits(times: int) -> bool:
+        tried = dataclasses.replace(run, seq=times * step)
+        return program_memory(tried, residual_bytes=residual_bytes).total_bytes <= available_bytes
+
+    return _largest(fits) * step
+
+
+def _largest(fits, most: int = 2**24) -> int:
+    """The largest whole number up to `most` that fits, by bisection; 0 where 1 does not."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high < most and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low if math.isfinite(low) else 0

@@ -1,0 +1,329 @@
+"""Predict the time of one train step of any decoder on any mesh: operations, communication by axis, bubbles.
+
+step = (work + what communication it cannot hide) (1 + bubble) + optimizer. A prediction from formulae and the stated
+efficiencies of `plan.efficiency`. For this machine's own trainer, measured, see `plan.train_step`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from gcompute.config.architecture import Architecture
+from gcompute.config.mesh import Axis, MeshShape
+from gcompute.hardware.target import Target
+from gcompute.plan.collectives import Route, all_gather_s, all_reduce_s, all_to_all_s, permute_s
+from gcompute.plan.efficiency import Device, Efficiency, device_of, efficiency_of, operation_s
+from gcompute.plan.links import routes
+from gcompute.plan.operations import Operation, Rows, backward, block_forward, output_forward
+from gcompute.plan.sizes import feed_forward_params, sizes
+
+WIDE_BYTES = 4
+# A block's last product is never recomputed: its result is not needed to differentiate the block.
+NEVER_AGAIN = "down"
+# Bytes of device memory that an update moves for each parameter: two reads of its gradient, its own read and write.
+UPDATE_BYTES = 16
+# What a schedule leaves idle, against (stages - 1) / microbatches.
+BUBBLES = {"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0, "zero-bubble": 1 / 3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRun:
+    """What is trained and how, as far as its time depends on it.
+
+    batch: sequences a step over all devices. remat: "none", "dots" or "full" as the trainer has them, or the parts of a
+    block whose products are kept ("qkv", "attention", "out", "up"), all else being recomputed. activation_bytes: of the
+    values between products. gradient_bytes: of a gradient as it travels. state_values: of the optimizer, a parameter.
+    """
+
+    model: Architecture
+    batch: int
+    seq: int
+    mesh: MeshShape = field(default_factory=MeshShape)
+    accumulation: int = 1
+    remat: str | Collection[str] = "full"
+    precision: str = "bfloat16"
+    activation_bytes: float = 2.0
+    gradient_bytes: float = 4.0
+    state_values: float = 2.0
+    sequence_parallel: bool = True
+    schedule: str = "1f1b"
+    chunks: int = 1
+    zero: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.seq, self.accumulation, self.chunks) < 1:
+            raise ValueError(
+                f"batch={self.batch}, seq={self.seq}, accumulation={self.accumulation} and chunks={self.chunks} must all"
+                " be at least 1."
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.batch * self.seq
+
+    @property
+    def local_tokens(self) -> float:
+        """Tokens of one microbatch on one device."""
+        return self.tokens / (self.accumulation * self.mesh.batch_shards * self.mesh.context)
+
+    @property
+    def weight_bytes(self) -> float:
+        return 2.0 if self.precision == "bfloat16" else 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Communication:
+    """All collectives of one kind along one axis in a step, on one device.
+
+    payload_bytes: of the whole arrays, see `plan.collectives`. hidden_s: of its seconds, what runs beside computation.
+    """
+
+    axis: Axis
+    what: str
+    payload_bytes: float
+    seconds: float
+    hidden_s: float
+    link: str
+
+    @property
+    def exposed_s(self) -> float:
+        return self.seconds - self.hidden_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainTime:
+    """Predicted seconds of one step, on the slowest device.
+
+    step_s = (matmul_s + attention_s + sweep_s + exposed_s) + bubble_s + optimizer_s.
+    """
+
+    operations: tuple[Operation, ...]
+    communication: tuple[Communication, ...]
+    matmul_s: float
+    attention_s: float
+    sweep_s: float
+    exposed_s: float
+    bubble_s: float
+    optimizer_s: float
+    step_s: float
+    tokens_per_s: float
+    mfu: float
+    bound: str
+
+
+def train_time(run: TrainRun, target: Target, efficiency: Efficiency | None = None) -> TrainTime:
+    """Predict one train step of `run` on `target`.
+
+    Raises:
+      ValueError: the mesh and the target do not go together, or the catalogue lacks a figure that is needed.
+    """
+    if target.known is None:
+        raise ValueError(f"{target} has no figures in the catalogue: plan for a chip of it, or --on this, measured.")
+    device = device_of(target.known, run.precision)
+    efficiency = efficiency or efficiency_of(target.known.kind)
+    operations = train_operations(run)
+    by_kind = dict.fromkeys(("matmul", "attention", "sweep"), 0.0)
+    for one in operations:
+        by_kind[one.kind] += operation_s(one, device, efficiency)
+    work_s = sum(by_kind.values())
+    optimizer = optimizer_operation(run)
+    optimizer_s = operation_s(optimizer, device, efficiency)
+    found = _communication(run, routes(run.mesh, target), work_s, efficiency, tpu=target.known.kind == "tpu")
+    exposed_s = sum(one.exposed_s for one in found)
+    bubble_s = (work_s + exposed_s) * bubble(run)
+    step_s = work_s + exposed_s + bubble_s + optimizer_s
+    peak = device.flops_per_s * target.num_devices
+    return TrainTime(
+        operations=(*operations, optimizer),
+        communication=found,
+        matmul_s=by_kind["matmul"],
+        attention_s=by_kind["attention"],
+        sweep_s=by_kind["sweep"],
+        exposed_s=exposed_s,
+        bubble_s=bubble_s,
+        optimizer_s=optimizer_s,
+        step_s=step_s,
+        tokens_per_s=run.tokens / step_s,
+        mfu=model_flops(run.model, run.batch, run.seq) / (step_s * peak),
+        bound=_bound(operations, found, device, efficiency, bubble_s),
+    )
+
+
+def model_flops(model: Architecture, batch: int, seq: int) -> float:
+    """Operations of one step without recomputation, scores over the whole square: the convention of our MFU.
+
+    6 P tokens + 12 (H + value) / 2 N keys tokens a layer. Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+    """
+    tokens = batch * seq
+    attention = sum(
+        6 * group.num * group.attention.heads * (group.attention.head_dim + group.attention.value_size)
+        * min(seq, group.attention.window or seq)
+        for group in model.layers
+    )  # fmt: skip
+    return tokens * (6 * sizes(model).matmul + attention)
+
+
+def train_operations(run: TrainRun) -> tuple[Operation, ...]:
+    """Every operation of one step on the device that has most of them, all microbatches together."""
+    mesh = run.mesh
+    rows = Rows(
+        tokens=run.local_tokens,
+        # Blocks of scores that the mask hides are skipped.
+        keys=(run.seq + 1) / 2,
+        tensor=mesh.tensor,
+        expert=mesh.expert,
+        scattered=run.sequence_parallel and mesh.tensor > 1,
+        activation_bytes=run.activation_bytes,
+        weight_bytes=run.weight_bytes,
+    )
+    found: list[Operation] = []
+    for group in run.model.layers:
+        windowed = _averaged(rows, run.seq, group.attention.window)
+        times = run.accumulation * group.num / mesh.stage
+        forward = block_forward(run.model, group, windowed)
+        again = tuple(one.repeated(1, " again") for one in forward if recomputed(one, run.remat))
+        found += [one.repeated(times) for one in (*forward, *again, *backward(forward))]
+    ends = output_forward(run.model, rows)
+    found += [one.repeated(run.accumulation) for one in (*ends, *backward(ends))]
+    return tuple(found)
+
+
+def _averaged(rows: Rows, seq: int, window: int | None) -> Rows:
+    """With the keys that a query sees on average through `window`: all before it at first, then the window."""
+    if window is None or window >= seq:
+        return rows
+    return dataclasses.replace(rows, keys=(window * (window + 1) / 2 + (seq - window) * window) / seq)
+
+
+def recomputed(operation: Operation, remat: str | Collection[str]) -> bool:
+    """Whether the backward pass runs this operation of a block a second time."""
+    if remat == "none" or operation.part == NEVER_AGAIN:
+        return False
+    if remat == "dots":
+        return operation.kind != "matmul"
+    kept = () if remat == "full" else remat
+    return operation.kind == "sweep" or operation.part not in kept
+
+
+def bubble(run: TrainRun) -> float:
+    """Idle time of a pipeline as a share of its work: (stages - 1) / microbatches, over the chunks of a stage.
+
+    Source: Narayanan et al. 2021, arXiv:2104.04473, section 2.2; Qi et al. 2023, arXiv:2401.10241, table 2.
+    """
+    if run.schedule not in BUBBLES:
+        raise ValueError(f"schedule {run.schedule!r} is not known. Legal: {', '.join(BUBBLES)}.")
+    return BUBBLES[run.schedule] * (run.mesh.stage - 1) / (run.accumulation * run.chunks)
+
+
+def params_on_device(run: TrainRun) -> tuple[float, float]:
+    """(parameters that a device stores, those of its layers that it multiplies by after fsdp has gathered them)."""
+    mesh, model = run.mesh, run.model
+    counted = sizes(model)
+    experts = sum(
+        group.num * group.feed_forward.experts * (group.feed_forward.num_up + 1) * model.dim * group.feed_forward.width
+        for group in model.layers
+        if group.feed_forward.experts
+    )
+    ends = model.vocab * model.dim * (1 if model.tied else 2)
+    blocks = counted.total - ends
+    used = (experts / mesh.expert + blocks - experts) / (mesh.tensor * mesh.stage) + ends / mesh.tensor
+    return used / mesh.fsdp, used
+
+
+def optimizer_operation(run: TrainRun) -> Operation:
+    """The update of what a device stores, a sweep: 16 bytes a parameter and 8 a value of state."""
+    stored, _ = params_on_device(run)
+    split = run.mesh.data if run.zero else 1
+    moved = stored / split * (UPDATE_BYTES + 2 * WIDE_BYTES * run.state_values)
+    return Operation(name="optimizer", kind="sweep", part="optimizer", flops=0.0, moved_bytes=moved)
+
+
+def _communication(
+    run: TrainRun, links: dict[Axis, Route], work_s: float, efficiency: Efficiency, *, tpu: bool
+) -> tuple[Communication, ...]:
+    """Every axis's traffic; what can hide does so behind the work, fsdp and data first."""
+    mesh, model, n = run.mesh, run.model, run.accumulation
+    stored, used = params_on_device(run)
+    tokens, act = run.local_tokens, run.activation_bytes
+    stream = tokens * model.dim * act
+    layers_here = model.num_layers / mesh.stage
+    # Where the projection after attention is computed again, so is what brings its operands.
+    passes = 2 if run.remat in ("none", "dots") or "out" in run.remat else 3
+    rows: list[tuple[Axis, str, float, float, bool]] = []
+
+    def add(axis: Axis, what: str, payload: float, seconds: float, *, hides: bool) -> None:
+        rows.append((axis, what, payload, seconds / efficiency.link, hides))
+
+    if Axis.FSDP in links:
+        # Gathered in the forward and in the backward pass; gradients are reduced as they come.
+        weights, gradients = 2 * n * used * run.weight_bytes, n * used * run.gradient_bytes
+        add(Axis.FSDP, "all-gather", weights, all_gather_s(weights, links[Axis.FSDP]), hides=True)
+        add(Axis.FSDP, "reduce-scatter", gradients, all_gather_s(gradients, links[Axis.FSDP]), hides=True)
+    if Axis.DATA in links:
+        payload = stored * run.gradient_bytes
+        add(Axis.DATA, "all-reduce", payload, all_reduce_s(payload, links[Axis.DATA]), hides=True)
+    if Axis.TENSOR in links:
+        # Two gathers and two reductions of the stream a layer in each direction, and the forward's again.
+        payload = n * layers_here * 2 * passes * stream
+        seconds = all_reduce_s(payload, links[Axis.TENSOR])
+        add(Axis.TENSOR, "all-gather, reduce-scatter", 2 * payload, seconds, hides=tpu)
+    if Axis.CONTEXT in links:
+        values = sum(
+            group.num * group.attention.kv_heads * (group.attention.head_dim + group.attention.value_size)
+            for group in model.layers
+        )
+        each = values / mesh.stage / max(1, min(mesh.tensor, model.layers[0].attention.kv_heads)) * tokens * act
+        # Keys and values go round forwards (again where recomputed); backwards they and their gradients do.
+        sent = n * each * (mesh.context - 1) * (passes - 1 + 2)
+        add(Axis.CONTEXT, "permute", sent, permute_s(sent, links[Axis.CONTEXT]), hides=True)
+    if Axis.EXPERT in links:
+        mixtures = [group for group in model.layers if group.feed_forward.experts]
+        sent_rows = sum(group.num * group.feed_forward.rows_per_token for group in mixtures) / mesh.stage
+        payload = n * 2 * passes * sent_rows * tokens * mesh.expert * model.dim * act / mesh.tensor
+        add(Axis.EXPERT, "all-to-all", payload, all_to_all_s(payload, links[Axis.EXPERT]), hides=False)
+        shared = used - _expert_params(model) / (mesh.expert * mesh.tensor * mesh.stage)
+        gradients = n * shared / mesh.fsdp * run.gradient_bytes
+        add(Axis.EXPERT, "all-reduce", gradients, all_reduce_s(gradients, links[Axis.EXPERT]), hides=True)
+    if Axis.STAGE in links:
+        sent = 2 * n * run.chunks * stream / (mesh.tensor if run.sequence_parallel else 1)
+        add(Axis.STAGE, "permute", sent, permute_s(sent, links[Axis.STAGE]), hides=False)
+    left, found = work_s, []
+    for axis, what, payload, seconds, hides in rows:
+        hidden = min(left, seconds * efficiency.hidden) if hides else 0.0
+        left -= hidden
+        found.append(
+            Communication(
+                axis=axis, what=what, payload_bytes=payload, seconds=seconds, hidden_s=hidden, link=links[axis].slowest
+            )
+        )
+    return tuple(found)
+
+
+def _expert_params(model: Architecture) -> float:
+    return float(
+        sum(
+            group.num * (feed_forward_params(group.feed_forward, model.dim)[0])
+            for group in model.layers
+            if group.feed_forward.experts
+        )
+    )
+
+
+def _bound(
+    operations: Iterable[Operation],
+    communication: Iterable[Communication],
+    device: Device,
+    efficiency: Efficiency,
+    bubble_s: float,
+) -> str:
+    """What takes most of the step: "compute", "HBM", the links of an axis, or "pipeline bubble"."""
+    parts = {"compute": 0.0, "HBM": 0.0, "pipeline bubble": bubble_s}
+    for one in operations:
+        seconds = operation_s(one, device, efficiency)
+        parts["compute" if one.intensity >= device.ridge else "HBM"] += seconds
+    for one in communication:
+        name = f"{one.link}, axis {one.axis.value}"
+        parts[name] = parts.get(name, 0.0) + one.exposed_s
+    return max(parts, key=lambda name: parts[name] if math.isfinite(parts[name]) else 0.0)
