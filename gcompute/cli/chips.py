@@ -52,7 +52,7 @@ def command(name: str | None, path: Path | None, as_json: bool) -> None:
         else:
             _show_all(chips)
         return
-    chip = _measured() if name == THIS else find_chip(name, chips)
+    chip = measured_chip() if name == THIS else find_chip(name, chips)
     if as_json:
         print(json.dumps(_plain(chip)))
     else:
@@ -63,8 +63,8 @@ def _plain(chip: Chip) -> dict[str, Any]:
     return {"name": chip.name, **dataclasses.asdict(chip)}
 
 
-def _measured() -> Chip:
-    """The device at hand as a chip: what its roofline came to, and its memory."""
+def measured_chip(*, again: bool = False) -> Chip:
+    """The device at hand as a chip: what its roofline came to (measured anew with `again`), and its memory."""
     from rich.console import Console
 
     from gcompute.cli.environment import cache_directory, quiet_backends
@@ -74,7 +74,7 @@ def _measured() -> Chip:
     from gcompute.measure.machine import look
 
     machine = look()
-    roofline = measured_roofline(cache_directory(), Console(stderr=True))
+    roofline = measured_roofline(cache_directory(), Console(stderr=True), again=again)
     peaks = dict(roofline.matmul_flops_per_s)
     figures = {
         f"peak_flops_per_s.{dtype}": Figure(value=peak, unit="FLOP/s", source=MEASURED) for dtype, peak in peaks.items()

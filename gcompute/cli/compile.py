@@ -11,13 +11,14 @@ from typing import Any
 import click
 
 from gcompute.aot.target import INSTALL, check_installed, compile_target
-from gcompute.cli.flags import SectionedCommand, config_options, given, read_toml
+from gcompute.cli.flags import MeshType, SectionedCommand, config_options, given, read_toml
 from gcompute.cli.run_directory import SECTIONS
 from gcompute.cli.worker import start_worker
 from gcompute.config.fields import nearest
 from gcompute.config.mesh import MeshShape
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_config
+from gcompute.config.serve import ServeConfig
 from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from gcompute.hardware.target import Target
 
@@ -35,6 +36,13 @@ MEMORY_ROWS = {
     "aliased_bytes": "outputs that take the place of arguments",
     "temporaries_bytes": "temporaries: gradients, activations, gathered parameters",
     "code_bytes": "program",
+}
+SERVE_PROGRAMS = ("prefill", "decode")
+NOT_OF_A_SERVING_PROGRAM = {"host", "port", "max_queue", "max_context"}
+SERVE_MEMORY_ROWS = {
+    **MEMORY_ROWS,
+    "arguments_bytes": "arguments: parameters, key/value cache",
+    "temporaries_bytes": "temporaries: activations, copies of weights and cache",
 }
 
 
@@ -62,6 +70,13 @@ class CompileTrainCommand(SectionedCommand):
         "gcompute compile train llama3-70b --on v5p:8x8x16 --mesh fsdp=256,tensor=4 --batch 1024 --remat full --json",
         "gcompute compile train llama3-8b --on '2*v6e:4x4' --mesh data=2,fsdp=16 --batch 32 --remat full",
         "gcompute compile train demo --on cpu:8 --mesh data=2,fsdp=4 --hlo step.txt",
+    )
+
+
+class CompileServeCommand(SectionedCommand):
+    examples = (
+        "gcompute compile serve llama3-8b --on v5e:2x4 --mesh tensor=8 --slots 16 --context 4096 --prompt 2048",
+        "gcompute compile serve mixtral-8x7b --on v5p:2x2x2 --mesh expert=8 --program decode --json",
     )
 
 
@@ -93,9 +108,13 @@ def train(
     settings = read_toml(config_file, SECTIONS) if config_file else {}
     run = _run_config(model, target, settings, values)
     check_installed(target)
-    if hlo is not None and not hlo.absolute().parent.is_dir():
-        raise ValueError(f"--hlo {hlo}: there is no directory {hlo.absolute().parent}.")
-    request = {"target": str(target), "run": run.to_dict(), "hlo": str(hlo.absolute()) if hlo else None}
+    _check_file(hlo)
+    request = {
+        "kind": "train",
+        "target": str(target),
+        "run": run.to_dict(),
+        "hlo": str(hlo.absolute()) if hlo else None,
+    }
     report = compile_elsewhere(request, target)
     if as_json:
         print(json.dumps({"model": model, "run": run.to_dict(), **report}))
@@ -105,13 +124,80 @@ def train(
         raise SystemExit(DOES_NOT_FIT)
 
 
-def _run_config(model: str, target: Target, settings: dict[str, dict[str, Any]], values: dict[str, Any]) -> RunConfig:
-    mesh = values["mesh"] or settings.get("train", {}).get("mesh") or MeshShape(data=target.num_devices)
+@command.command(name="serve", cls=CompileServeCommand)
+@click.argument("model")
+@click.option("--on", "target_text", required=True, help=f"v5e:2x4, h100:8, cpu:8.  Needs: {NEEDS}")
+@click.option("--mesh", type=MeshType(), help="data=2,tensor=4; data and fsdp split the slots.  [tensor=all devices]")
+@click.option("--program", type=click.Choice(SERVE_PROGRAMS), help="One of the two alone.  [both]")
+@click.option("--context", type=click.IntRange(min=1), help="Cells of the cache of a slot.  [the model's context]")
+@click.option("--prompt", type=click.IntRange(min=1), help="Tokens that the prefill has room for.  [half the context]")
+@click.option("--hlo", type=click.Path(path_type=Path), help="Write the text of the one --program to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@config_options(ServeConfig, "Serving", NOT_OF_A_SERVING_PROGRAM)
+@config_options(
+    ModelConfig, "Model, instead of MODEL's", {"context"}, **{f.name: None for f in dataclasses.fields(ModelConfig)}
+)
+def serve(
+    *,
+    model: str,
+    target_text: str,
+    mesh: MeshShape | None,
+    program: str | None,
+    context: int | None,
+    prompt: int | None,
+    hlo: Path | None,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Compile the engine's own prefill and decode of MODEL (a preset, or a .json or .toml file) for a target.
+
+    Exit status 0: both fit; 1: one does not; 2: what was asked does not go together.
+    """
+    target = compile_target(target_text)
+    config = dataclasses.replace(model_config(model), **given(ModelConfig, values))
+    mesh = _checked_mesh(mesh or MeshShape(tensor=target.num_devices), target, "tensor")
+    context = context or config.context
+    served = ServeConfig(**given(ServeConfig, values))
+    check_installed(target)
+    _check_file(hlo)
+    if hlo is not None and program is None:
+        raise ValueError("--hlo is for one program: give --program prefill or --program decode too.")
+    asked = {
+        "mesh": str(mesh),
+        "slots": served.slots,
+        "context": context,
+        "prompt": prompt or -(-context // 2),
+        "precision": served.precision,
+        "decode_steps": served.decode_steps,
+    }
+    request = {**asked, "kind": "serve", "target": str(target), "model": dataclasses.asdict(config)}
+    request |= {"programs": [program] if program else SERVE_PROGRAMS, "hlo": str(hlo.absolute()) if hlo else None}
+    answer = compile_elsewhere(request, target)
+    if as_json:
+        print(json.dumps({"model": model, "target": str(target), **asked, **answer}))
+    else:
+        _show_serving(model, asked, answer["programs"])
+    if not answer["fits"]:
+        raise SystemExit(DOES_NOT_FIT)
+
+
+def _check_file(hlo: Path | None) -> None:
+    if hlo is not None and not hlo.absolute().parent.is_dir():
+        raise ValueError(f"--hlo {hlo}: there is no directory {hlo.absolute().parent}.")
+
+
+def _checked_mesh(mesh: MeshShape, target: Target, example: str) -> MeshShape:
     if mesh.num_devices != target.num_devices:
         raise ValueError(
             f"mesh {mesh} is of {mesh.num_devices} devices and {target} has {target.num_devices}. Give axes whose"
-            f" product is {target.num_devices}, as in --mesh fsdp={target.num_devices}."
+            f" product is {target.num_devices}, as in --mesh {example}={target.num_devices}."
         )
+    return mesh
+
+
+def _run_config(model: str, target: Target, settings: dict[str, dict[str, Any]], values: dict[str, Any]) -> RunConfig:
+    mesh = values["mesh"] or settings.get("train", {}).get("mesh") or MeshShape(data=target.num_devices)
+    mesh = _checked_mesh(mesh, target, "fsdp")
     train_values = {**settings.get("train", {}), **given(TrainConfig, values), "mesh": mesh}
     optimizer = settings.get("optimizer", {})
     if values["optimizer"] is not None:
@@ -178,7 +264,6 @@ def _spinner() -> Any:
 def _show(model: str, run: RunConfig, report: dict[str, Any]) -> None:
     """Print the report as tables."""
     from rich.console import Console
-    from rich.table import Table
 
     from gcompute.cli.progress import duration
 
@@ -190,11 +275,38 @@ def _show(model: str, run: RunConfig, report: dict[str, Any]) -> None:
         f" {run.optimizer.optimizer}, remat {config.remat}; compiled in {duration(report['compile_s'])}",
         soft_wrap=True,
     )
+    show_report(report, console, MEMORY_ROWS, "one step")
+    console.print(verdict(run, report), style="green" if report["fits"] else "red", soft_wrap=True)
+
+
+def _show_serving(model: str, asked: dict[str, Any], reports: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    from gcompute.cli.progress import duration
+
+    console = Console(markup=False, highlight=False)
+    for program, report in reports.items():
+        console.print(
+            f"{model}: {program} on {report['target']} ({report['num_devices']:,} devices), mesh {asked['mesh']},"
+            f" {asked['slots']} slots of {asked['context']}, {asked['precision']}"
+            f"{', prompt ' + str(asked['prompt']) if program == 'prefill' else ''};"
+            f" compiled in {duration(report['compile_s'])}",
+            soft_wrap=True,
+        )
+        show_report(report, console, SERVE_MEMORY_ROWS, "one decode step" if program == "decode" else "one prefill")
+        said = fits_or_not(report, "fewer --slots; a shorter --context; --mesh with more tensor; more chips")
+        console.print(f"{program} {said}", style="green" if report["fits"] else "red", soft_wrap=True)
+
+
+def show_report(report: dict[str, Any], console: Any, rows: dict[str, str], of: str) -> None:
+    """Print one program's memory, whose kinds are called as `rows` say, and collectives."""
+    from rich.table import Table
+
     memory, limit = report["memory"], report["limit_bytes"]
     table = Table(title="memory of one device, by the compiler", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for name, label in MEMORY_ROWS.items():
+    for name, label in rows.items():
         if memory[name]:
             table.add_row(label, gib(memory[name]))
     table.add_row("total", gib(report["needed_bytes"]), style="bold")
@@ -208,21 +320,20 @@ def _show(model: str, run: RunConfig, report: dict[str, Any]) -> None:
     if report["unreadable"]:
         console.print(f"collectives: {report['unreadable']}", soft_wrap=True)
     else:
-        _show_collectives(report["collectives"], console)
-    console.print(verdict(run, report), style="green" if report["fits"] else "red", soft_wrap=True)
+        _show_collectives(report["collectives"], console, of)
 
 
 def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**25 else f"{num_bytes / 2**20:,.2f} MiB"
 
 
-def _show_collectives(collectives: list[dict[str, Any]], console: Any) -> None:
+def _show_collectives(collectives: list[dict[str, Any]], console: Any, of: str) -> None:
     from rich.table import Table
 
     if not collectives:
         console.print("no collectives")
         return
-    table = Table(title="collectives of one step", title_justify="left")
+    table = Table(title=f"collectives of {of}", title_justify="left")
     for name in ("kind", "along", "dtype"):
         table.add_column(name, no_wrap=True)
     for name in ("number", "runs", "sent by a device"):
@@ -241,13 +352,18 @@ def _show_collectives(collectives: list[dict[str, Any]], console: Any) -> None:
 
 
 def verdict(run: RunConfig, report: dict[str, Any]) -> str:
+    """Of a train step, as `fits_or_not`."""
+    return fits_or_not(report, "" if report["fits"] else advice(run, report))
+
+
+def fits_or_not(report: dict[str, Any], help_text: str) -> str:
     """Fits or not, with both numbers, and what would help."""
     needed, limit = report["needed_bytes"], report["limit_bytes"]
     if limit is None:
         return f"compiles: {gib(needed)} a device. The devices of a CPU share the memory of the machine."
     if report["fits"]:
         return f"fits: {gib(needed)} of {gib(limit)} a device, {needed / limit:.0%}."
-    return f"does not fit: it needs {gib(needed)} of {gib(limit)} a device. What would help: {advice(run, report)}."
+    return f"does not fit: it needs {gib(needed)} of {gib(limit)} a device. What would help: {help_text}."
 
 
 def advice(run: RunConfig, report: dict[str, Any]) -> str:

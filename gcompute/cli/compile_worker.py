@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gcompute.cli.run_directory import run_from_plain
+from gcompute.config.mesh import MeshShape
+from gcompute.config.presets import model_from_dict
 from gcompute.hardware.target import Target
 
 
@@ -33,7 +35,8 @@ def main() -> None:
     from gcompute.aot.compiler import CompilerError
 
     try:
-        tell(report=compile_train(request, tell))
+        compile_request = {"train": compile_train, "serve": compile_serve}[request.get("kind", "train")]
+        tell(report=compile_request(request, tell))
     except ValueError as error:
         tell(error=str(error))
     except CompilerError as error:
@@ -63,6 +66,37 @@ def compile_train(request: dict[str, Any], tell: Any) -> dict[str, Any]:
     if request["hlo"] and text is not None:
         Path(request["hlo"]).write_text(text, encoding="utf-8")
     return {"accumulation": program.accumulation, **report.to_dict()}
+
+
+def compile_serve(request: dict[str, Any], tell: Any) -> dict[str, Any]:
+    """Lower and compile the engine's programs that `request["programs"]` names, for `request["target"]`."""
+    target = Target.parse(request["target"])
+    model = model_from_dict(request["model"], source="the request")
+    from gcompute.aot.report import compile_report
+    from gcompute.aot.target import target_devices
+    from gcompute.parallel.mesh import build_mesh
+    from gcompute.serve.lowered import lower_serve
+
+    mesh = build_mesh(MeshShape.parse(request["mesh"]), target_devices(target))
+    reports = {}
+    for program in request["programs"]:
+        tell(doing=f"tracing {program}")
+        lowered = lower_serve(
+            model,
+            mesh,
+            program=program,
+            slots=request["slots"],
+            max_context=request["context"],
+            prompt=request["prompt"],
+            precision=request["precision"],
+            decode_steps=request["decode_steps"],
+        )
+        tell(doing=f"compiling {program} for {target}")
+        report, text = compile_report(lowered, target, mesh=mesh)
+        if request["hlo"] and text is not None:
+            Path(request["hlo"]).write_text(text, encoding="utf-8")
+        reports[program] = report.to_dict()
+    return {"fits": all(report["fits"] for report in reports.values()), "programs": reports}
 
 
 if __name__ == "__main__":

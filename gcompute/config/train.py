@@ -80,7 +80,11 @@ class TrainConfig:
     pipeline_schedule: str = option("1f1b", "order of the pipeline's work", choices=PIPELINE_SCHEDULES)
     pipeline_chunks: int = option(1, "model chunks a pipeline stage, above 1 with the interleaved schedule")
     precision: str = option("bfloat16", "dtype of matmul operands; results are float32", choices=PRECISIONS)
-    residual: str = option("float32", "dtype of the residual stream and feed-forward activations", choices=PRECISIONS)
+    residual: str | None = option(
+        None,
+        "dtype of the residual stream and feed-forward activations (default: float32 on CPU, bfloat16 elsewhere)",
+        choices=PRECISIONS,
+    )
     remat: str = option("none", "what the backward pass recomputes", choices=REMAT_POLICIES)
     unroll: int | None = option(None, "layers a scan step (default: all on CPU, 1 elsewhere)")
     seed: int = option(0, "seed of the initial values and of the order of the data")

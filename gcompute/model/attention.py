@@ -121,9 +121,10 @@ class Attention(nnx.Module):
             # Its gradient too is split by heads: it arrives split by sequence.
             o_BTNH = constrain(placement, o_BTNH, "BTNH")
         else:
+            # Left free, XLA may split whole heads for this product, and gather the cache to give it back.
             keys_BSKH, values_BSKH = cache = (
-                write(cache[0], k_BTKH, positions_BT),
-                write(cache[1], v_BTKH, positions_BT),
+                constrain(placement, write(cache[0], k_BTKH, positions_BT), "BSKH"),
+                constrain(placement, write(cache[1], v_BTKH, positions_BT), "BSKH"),
             )
             visible_BTS = jnp.arange(keys_BSKH.shape[1]) <= positions_BT[..., None]
             o_BTNH = attend(q_BTNH, keys_BSKH, values_BSKH, visible_BTS, compute)

@@ -1,7 +1,9 @@
 """The feed-forward layer of a mixture of experts."""
 
+from dataclasses import replace
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -10,7 +12,8 @@ from gcompute.config.mesh import Axis
 from gcompute.config.model import ModelConfig
 from gcompute.model.layers import INIT_STD, activation, matrix
 from gcompute.model.matmul import expert_linear
-from gcompute.parallel.expert import ExpertAxes, RouterStats, check_experts, mixture
+from gcompute.parallel.collectives import varying, varying_axes
+from gcompute.parallel.expert import ExpertAxes, Experts, RouterStats, check_experts, mixture
 from gcompute.parallel.placement import Placement, manual_axes
 
 STATS_DIMS = RouterStats(balance="", dropped="", load_E="")  # pyright: ignore[reportArgumentType]
@@ -19,6 +22,7 @@ STATS_DIMS = RouterStats(balance="", dropped="", load_E="")  # pyright: ignore[r
 def expert_axes(placement: Placement) -> ExpertAxes:
     """The axes that experts and their tokens are split over, without those that the code is already inside of."""
     free = [axis for axis in Axis if placement.shape.size(axis) > 1 and axis not in manual_axes()]
+    rows = jax.tree.leaves(tuple(placement.spec("B")))
 
     def if_free(axis: Axis) -> Axis | None:
         return axis if axis in free else None
@@ -27,7 +31,7 @@ def expert_axes(placement: Placement) -> ExpertAxes:
         expert=if_free(Axis.EXPERT),
         tensor=if_free(Axis.TENSOR),
         context=if_free(Axis.CONTEXT),
-        batch=tuple(axis for axis in (Axis.DATA, Axis.FSDP, Axis.EXPERT) if axis in free),
+        batch=tuple(axis for axis in (Axis.DATA, Axis.FSDP, Axis.EXPERT) if axis in free and axis in rows),
         layout=placement.layout,
         scatter=placement.sequence_parallel,
     )
@@ -52,6 +56,34 @@ def experts_forward(
     else:
         hidden_EBCF = activation(act)(expert_linear(x_EBCD, gate_EDF, compute)) * up_EBCF
     return expert_linear(hidden_EBCF, down_EFD, compute)
+
+
+def mixture_of_shared_tokens(
+    x_btD: Float[Array, "b t d"],
+    router_DE: Float[Array, "d e"],
+    experts: Experts,
+    *,
+    num_own: int,
+    k: int,
+    capacity: int | None,
+    compute: jnp.dtype,
+    axes: ExpertAxes,
+) -> tuple[Float[Array, "b t d"], RouterStats]:
+    """`mixture` where every device of the expert axis has the same tokens, as serving does: nothing is exchanged.
+
+    Each device gives the tokens to its own `num_own` experts, and one sum over expert and tensor adds the results.
+    """
+    assert axes.expert is not None
+    first = jax.lax.axis_index(axes.expert) * num_own
+
+    def own_experts(x_EbCD: Array) -> Array:
+        y_ebCD = experts(jax.lax.dynamic_slice_in_dim(x_EbCD, first, num_own)).astype(compute)
+        others_EbCD = varying(jnp.zeros(x_EbCD.shape, compute), tuple(varying_axes(y_ebCD)))
+        return jax.lax.dynamic_update_slice_in_dim(others_EbCD, y_ebCD, first, axis=0)
+
+    alone = replace(axes, expert=None, tensor=None)
+    y_btD, stats = mixture(x_btD, router_DE, own_experts, k=k, capacity=capacity, compute=compute, axes=alone)
+    return jax.lax.psum(y_btD, tuple(axis for axis in (axes.expert, axes.tensor) if axis is not None)), stats
 
 
 class MoE(nnx.Module):
@@ -83,14 +115,17 @@ class MoE(nnx.Module):
             def experts(x_ebCD: Array) -> Array:
                 return experts_forward(x_ebCD, up_eDf, gate, down_efD, act=config.activation, compute=compute)
 
-            return mixture(
+            # Tokens that the expert axis does not split are the same on all its devices.
+            shared = axes is not None and axes.expert is not None and axes.expert not in axes.batch
+            mix = partial(mixture_of_shared_tokens, num_own=up_eDf.shape[0]) if shared else mixture
+            return mix(
                 x_btD,
                 router_DE,
                 experts,
                 k=config.experts_per_token,
                 capacity=None if config.capacity_factor is None else config.capacity(seq),
                 compute=compute,
-                axes=axes,
+                axes=axes or ExpertAxes(),
             )
 
         gates = () if self.gate_EDF is None else (self.gate_EDF[...],)

@@ -26,7 +26,7 @@ class Ring:
     def __post_init__(self) -> None:
         if self.num_chips < 1:
             raise ValueError(f"num_chips={self.num_chips} must be at least 1.")
-        if self.link_bytes_per_s <= 0 or self.hop_latency_s < 0:
+        if not (_is_rate(self.link_bytes_per_s) and _is_latency(self.hop_latency_s)):
             raise ValueError(
                 f"link_bytes_per_s={self.link_bytes_per_s} must be above 0 and hop_latency_s={self.hop_latency_s} at"
                 " least 0."
@@ -63,7 +63,7 @@ class Switch:
     latency_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.num_devices < 1 or self.bytes_per_s <= 0 or self.latency_s < 0:
+        if self.num_devices < 1 or not (_is_rate(self.bytes_per_s) and _is_latency(self.latency_s)):
             raise ValueError(
                 f"a switch needs num_devices of at least 1, bytes_per_s above 0 and latency_s of at least 0, got"
                 f" {self.num_devices}, {self.bytes_per_s} and {self.latency_s}."
@@ -78,7 +78,7 @@ class Network:
     bytes_per_s: float
 
     def __post_init__(self) -> None:
-        if self.num_groups < 1 or self.bytes_per_s <= 0:
+        if self.num_groups < 1 or not _is_rate(self.bytes_per_s):
             raise ValueError(
                 f"a network needs num_groups of at least 1 and bytes_per_s above 0, got {self.num_groups} and"
                 f" {self.bytes_per_s}."
@@ -133,10 +133,7 @@ def all_gather_s(whole_bytes: float, *links: Link) -> float:
       ValueError: the bytes are below 0, or there are no links.
     Source: scaling-book, "sharding", AllGather; "gpus", collectives inside a node and across nodes.
     """
-    if whole_bytes < 0:
-        raise ValueError(f"whole_bytes={whole_bytes} must be at least 0.")
-    if not links:
-        raise ValueError("a collective needs at least one ring, switch or network.")
+    _check_bytes("whole_bytes", whole_bytes)
     route = _as_route(links)
     inside = max(_rings_s(whole_bytes, route.rings), _switch_s(whole_bytes, route.switch))
     if route.network is None or route.network.num_groups == 1:
@@ -166,27 +163,27 @@ def all_to_all_s(whole_bytes: float, *links: Link) -> float:
 
     Half the chips' data cross the middle of a ring. Closed: t = V / (8 W), a quarter of an all-gather; a line has half
     of the links there and the largest distances, t = V / (4 W). At least hops latency. On several rings each is crossed
-    by all bytes. Behind a switch each of n devices sends (n - 1) / n of its V / n; over a network what goes to other
-    groups leaves through the device's own share of it.
+    by all bytes. Behind a switch each of n devices sends (n - 1) / n of its V / n; over a network of g groups what goes
+    to other groups leaves through the device's own share of it, and V / g^2 stays in each.
 
+    Raises:
+      ValueError: the bytes are below 0, or there are no links.
     Source: scaling-book, "sharding", AllToAll; "gpus", AllToAll.
     """
-    if whole_bytes < 0:
-        raise ValueError(f"whole_bytes={whole_bytes} must be at least 0.")
+    _check_bytes("whole_bytes", whole_bytes)
     route = _as_route(links)
-    seconds = 0.0
+    groups, seconds = route.network.num_groups if route.network else 1, 0.0
     for ring in (ring for ring in route.rings if ring.num_chips > 1):
         # The other rings carry their own parts of the array.
-        share = whole_bytes * ring.num_chips / route.num_inside
+        share = whole_bytes / groups**2 * ring.num_chips / route.num_inside
         crossing = share / ((8 if ring.wraparound else 4) * ring.link_bytes_per_s)
         seconds += max(crossing, ring.num_hops * ring.hop_latency_s)
-    devices = route.num_inside * (route.network.num_groups if route.network else 1)
+    devices = route.num_inside * groups
     own = whole_bytes / devices
     if route.switch is not None and route.switch.num_devices > 1:
         n = route.switch.num_devices
-        seconds = max(own * (n - 1) / devices / route.switch.bytes_per_s, route.switch.latency_s)
-    if route.network is not None and route.network.num_groups > 1:
-        groups = route.network.num_groups
+        seconds = max(seconds, own * (n - 1) / devices / route.switch.bytes_per_s, route.switch.latency_s)
+    if route.network is not None and groups > 1:
         across = own * (groups - 1) / groups / route.network.bytes_per_s
         seconds = max(seconds, across) if route.pipelined else seconds + across
     return seconds
@@ -196,9 +193,11 @@ def permute_s(sent_bytes: float, *links: Link) -> float:
     """Seconds until every device has sent `sent_bytes` to the next one of its axis, and got as much.
 
     Inside one hop over one link; at the border of a group over the network.
+
+    Raises:
+      ValueError: the bytes are below 0, or there are no links.
     """
-    if sent_bytes < 0:
-        raise ValueError(f"sent_bytes={sent_bytes} must be at least 0.")
+    _check_bytes("sent_bytes", sent_bytes)
     route = _as_route(links)
     seconds = 0.0
     for ring in (ring for ring in route.rings if ring.num_chips > 1):
@@ -210,7 +209,22 @@ def permute_s(sent_bytes: float, *links: Link) -> float:
     return seconds
 
 
+def _is_rate(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _is_latency(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+def _check_bytes(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value} must be at least 0, and finite.")
+
+
 def _as_route(links: tuple[Link, ...]) -> Route:
+    if not links:
+        raise ValueError("a collective needs at least one ring, switch or network.")
     if len(links) == 1 and isinstance(links[0], Route):
         return links[0]
     rings = tuple(link for link in links if isinstance(link, Ring))

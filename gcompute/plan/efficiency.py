@@ -32,15 +32,15 @@ class Efficiency:
 
 # `python -m gcompute.exam.fit` makes these; see gcompute/exam.
 BY_KIND = {
-    "tpu": Efficiency(matmul=0.90, reuse_flops_per_byte=1520, attention=0.85, sweep=0.71, link=0.96, hidden=0.54),
+    "tpu": Efficiency(matmul=0.90, reuse_flops_per_byte=1530, attention=0.85, sweep=0.733, link=0.975, hidden=0.54),
     "gpu": Efficiency(
         matmul=0.85,
-        reuse_flops_per_byte=1270,
-        attention=0.65,
-        sweep=0.59,
-        link=0.52,
-        hidden=0.28,
-        attention_flops_per_byte=112,
+        reuse_flops_per_byte=876,
+        attention=0.948,
+        sweep=0.669,
+        link=0.554,
+        hidden=0.342,
+        attention_flops_per_byte=79.7,
     ),
 }
 # A machine that was measured: its ceilings are what products and sweeps reached there.

@@ -1,11 +1,12 @@
 """Which meshes a model and a batch can be split over, and why not where they cannot."""
 
+from gcompute.config.architecture import Architecture, architecture
 from gcompute.config.mesh import Axis, MeshShape
 from gcompute.config.model import ModelConfig
 
 
 def check_mesh(
-    config: ModelConfig,
+    config: ModelConfig | Architecture,
     mesh: MeshShape,
     *,
     batch: int,
@@ -26,14 +27,17 @@ def check_mesh(
     """
     if batch < 1 or seq < 1 or accumulation < 1:
         raise ValueError(f"batch={batch}, seq={seq} and accumulation={accumulation} must all be at least 1.")
-    heads = {"heads": config.heads, "kv_heads": config.num_kv_heads, "ffn": config.ffn_size, "vocab": config.vocab}
-    _check(Axis.TENSOR, mesh.tensor, heads, "each device needs a whole share")
-    _check(Axis.FSDP, mesh.fsdp, {"dim": config.dim}, "each device keeps a whole share of every matrix")
-    if mesh.expert > 1 and not config.experts:
+    model = architecture(config) if isinstance(config, ModelConfig) else config
+    for group in model.layers:
+        attention, fed = group.attention, group.feed_forward
+        shares = {"heads": attention.heads, "kv_heads": attention.kv_heads, "ffn": fed.width, "vocab": model.vocab}
+        _check(Axis.TENSOR, mesh.tensor, shares, "each device needs a whole share")
+        if fed.experts:
+            _check(Axis.EXPERT, mesh.expert, {"experts": fed.experts}, "each device needs whole experts")
+    _check(Axis.FSDP, mesh.fsdp, {"dim": model.dim}, "each device keeps a whole share of every matrix")
+    if mesh.expert > 1 and not any(group.feed_forward.experts for group in model.layers):
         raise ValueError(f"mesh expert={mesh.expert} needs a model with experts, and this one has none. Use expert=1.")
-    if config.experts:
-        _check(Axis.EXPERT, mesh.expert, {"experts": config.experts}, "each device needs whole experts")
-    _check_stages(config, mesh.stage, chunks, schedule, accumulation)
+    _check_stages(model.num_layers, mesh.stage, chunks, schedule, accumulation)
     if mesh.context > 1:
         if context_attention == "ring":
             # Two pieces a device, one early and one late, share the causal work out evenly.
@@ -41,7 +45,7 @@ def check_mesh(
             _check(Axis.CONTEXT, mesh.context, pieces, "each device takes two equal pieces of a sequence")
         else:
             _check(Axis.CONTEXT, mesh.context, {"seq": seq}, "each device takes an equal piece of a sequence")
-            shares = {"heads / tensor": config.heads // mesh.tensor}
+            shares = {"heads / tensor": model.layers[0].attention.heads // mesh.tensor}
             _check(Axis.CONTEXT, mesh.context, shares, "ulysses deals the heads out over the context axis")
     shards = mesh.batch_shards * accumulation
     if batch % shards:
@@ -51,14 +55,14 @@ def check_mesh(
         )
 
 
-def _check_stages(config: ModelConfig, stages: int, chunks: int, schedule: str, accumulation: int) -> None:
+def _check_stages(layers: int, stages: int, chunks: int, schedule: str, accumulation: int) -> None:
     if stages == 1:
         if chunks > 1:
             raise ValueError(f"pipeline_chunks={chunks} needs pipeline stages: give a mesh with stage=2 or more.")
         return
-    whole = {"layers" if chunks == 1 else f"layers / pipeline_chunks={chunks}": config.layers // chunks}
-    if config.layers % chunks:
-        raise ValueError(f"pipeline_chunks={chunks} does not divide layers={config.layers}.")
+    whole = {"layers" if chunks == 1 else f"layers / pipeline_chunks={chunks}": layers // chunks}
+    if layers % chunks:
+        raise ValueError(f"pipeline_chunks={chunks} does not divide layers={layers}.")
     _check(Axis.STAGE, stages, whole, "each stage needs equally many layers")
     if accumulation < stages:
         raise ValueError(

@@ -28,7 +28,7 @@ class _Free:
 
 
 def routes(mesh: MeshShape, target: Target) -> dict[Axis, Route]:
-    """The links of every mesh axis of a size above 1.
+    """The links of every mesh axis of a size above 1, but one that stays inside a chip of several devices.
 
     >>> found = routes(MeshShape(fsdp=256, tensor=4), Target.parse("v5p:8x8x16"))
     >>> found[Axis.TENSOR].rings[0].num_chips
@@ -77,7 +77,8 @@ def _torus(mesh: MeshShape, target: Target, chip: Chip) -> dict[Axis, Route]:
         for size, closed in zip(target.shape, wraparound(chip, target.shape), strict=True)
         if size > 1
     ]
-    # The devices of one chip share its links, and the innermost axis that can has them as its own.
+    # The innermost axis that can has the devices of one chip beside each other, and its links for itself; along every
+    # other axis each device of a chip has a group of its own, and they share the links.
     together, found = chip.devices_per_chip, {}
     for axis in reversed(Axis):
         size = mesh.size(axis) // crossing[axis]
@@ -87,7 +88,7 @@ def _torus(mesh: MeshShape, target: Target, chip: Chip) -> dict[Axis, Route]:
         rings = tuple(
             Ring(
                 num_chips=part.size,
-                link_bytes_per_s=chip.link_bytes_per_s / part.stride / together,
+                link_bytes_per_s=chip.link_bytes_per_s / part.stride / (chip.devices_per_chip // own),
                 hop_latency_s=(chip.hop_latency_s or 0.0) * part.stride,
                 wraparound=part.closed and part.size > 2,
             )
@@ -109,7 +110,8 @@ def _across_slices(mesh: MeshShape, slices: int) -> dict[Axis, int]:
         allowed = ", ".join(MAY_CROSS_SLICES)
         raise ValueError(
             f"mesh {mesh} does not split over {slices} slices: only {allowed} may cross the network between them, and"
-            f" their sizes lack a factor of {left}. Use {Axis.DATA.value}={mesh.data * left}."
+            f" their sizes lack a factor of {left}. Use {Axis.DATA.value}={mesh.data * left}, and so much less of"
+            " another axis."
         )
     return crossing
 

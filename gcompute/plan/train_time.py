@@ -54,8 +54,8 @@ class TrainRun:
     def __post_init__(self) -> None:
         if min(self.batch, self.seq, self.accumulation, self.chunks) < 1:
             raise ValueError(
-                f"batch={self.batch}, seq={self.seq}, accumulation={self.accumulation} and chunks={self.chunks} must all"
-                " be at least 1."
+                f"batch={self.batch}, seq={self.seq}, accumulation={self.accumulation} and chunks={self.chunks} must be"
+                " at least 1."
             )
 
     @property
@@ -130,7 +130,8 @@ def train_time(run: TrainRun, target: Target, efficiency: Efficiency | None = No
     work_s = sum(by_kind.values())
     optimizer = optimizer_operation(run)
     optimizer_s = operation_s(optimizer, device, efficiency)
-    found = _communication(run, routes(run.mesh, target), work_s, efficiency, tpu=target.known.kind == "tpu")
+    links = routes(run.mesh, target)
+    found = _hidden(communication_of(run, links, tpu=target.backend == "tpu"), links, work_s, efficiency)
     exposed_s = sum(one.exposed_s for one in found)
     bubble_s = (work_s + exposed_s) * bubble(run)
     step_s = work_s + exposed_s + bubble_s + optimizer_s
@@ -240,10 +241,22 @@ def optimizer_operation(run: TrainRun) -> Operation:
     return Operation(name="optimizer", kind="sweep", part="optimizer", flops=0.0, moved_bytes=moved)
 
 
-def _communication(
-    run: TrainRun, links: dict[Axis, Route], work_s: float, efficiency: Efficiency, *, tpu: bool
-) -> tuple[Communication, ...]:
-    """Every axis's traffic; what can hide does so behind the work, fsdp and data first."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What travels along one axis in a step, before any efficiency; `hides`: computation can go on beside it."""
+
+    axis: Axis
+    what: str
+    payload_bytes: float
+    seconds: float
+    hides: bool
+
+
+def communication_of(run: TrainRun, links: dict[Axis, Route], *, tpu: bool) -> tuple[Traffic, ...]:
+    """Every axis's traffic on one device, at the full speed of its links.
+
+    On TPU products go on beside the tensor axis's traffic, a piece of a matrix at a time; elsewhere they wait for it.
+    """
     mesh, model, n = run.mesh, run.model, run.accumulation
     stored, used = params_on_device(run)
     tokens, act = run.local_tokens, run.activation_bytes
@@ -251,10 +264,10 @@ def _communication(
     layers_here = model.num_layers / mesh.stage
     # Where the projection after attention is computed again, so is what brings its operands.
     passes = 2 if run.remat in ("none", "dots") or "out" in run.remat else 3
-    rows: list[tuple[Axis, str, float, float, bool]] = []
+    found: list[Traffic] = []
 
     def add(axis: Axis, what: str, payload: float, seconds: float, *, hides: bool) -> None:
-        rows.append((axis, what, payload, seconds / efficiency.link, hides))
+        found.append(Traffic(axis=axis, what=what, payload_bytes=payload, seconds=seconds, hides=hides))
 
     if Axis.FSDP in links:
         # Gathered in the forward and in the backward pass; gradients are reduced as they come.
@@ -274,9 +287,9 @@ def _communication(
             group.num * group.attention.kv_heads * (group.attention.head_dim + group.attention.value_size)
             for group in model.layers
         )
-        each = values / mesh.stage / max(1, min(mesh.tensor, model.layers[0].attention.kv_heads)) * tokens * act
+        split = max(1, min(mesh.tensor, model.layers[0].attention.kv_heads)) * mesh.stage
         # Keys and values go round forwards (again where recomputed); backwards they and their gradients do.
-        sent = n * each * (mesh.context - 1) * (passes - 1 + 2)
+        sent = n * values / split * tokens * act * (mesh.context - 1) * (passes + 1)
         add(Axis.CONTEXT, "permute", sent, permute_s(sent, links[Axis.CONTEXT]), hides=True)
     if Axis.EXPERT in links:
         mixtures = [group for group in model.layers if group.feed_forward.experts]
@@ -289,13 +302,26 @@ def _communication(
     if Axis.STAGE in links:
         sent = 2 * n * run.chunks * stream / (mesh.tensor if run.sequence_parallel else 1)
         add(Axis.STAGE, "permute", sent, permute_s(sent, links[Axis.STAGE]), hides=False)
+    return tuple(found)
+
+
+def _hidden(
+    traffic: Iterable[Traffic], links: dict[Axis, Route], work_s: float, efficiency: Efficiency
+) -> tuple[Communication, ...]:
+    """How much of each hides behind the work: the share that can, as long as there is work to hide it."""
     left, found = work_s, []
-    for axis, what, payload, seconds, hides in rows:
-        hidden = min(left, seconds * efficiency.hidden) if hides else 0.0
+    for one in traffic:
+        seconds = one.seconds / efficiency.link
+        hidden = min(left, seconds * efficiency.hidden) if one.hides else 0.0
         left -= hidden
         found.append(
             Communication(
-                axis=axis, what=what, payload_bytes=payload, seconds=seconds, hidden_s=hidden, link=links[axis].slowest
+                axis=one.axis,
+                what=one.what,
+                payload_bytes=one.payload_bytes,
+                seconds=seconds,
+                hidden_s=hidden,
+                link=links[one.axis].slowest,
             )
         )
     return tuple(found)

@@ -37,11 +37,16 @@ def resolve_execution(run: RunConfig, mesh: MeshShape, backend: str) -> Executio
     whole_sequences = mesh.context == 1 or run.train.context_attention == "ulysses"
     return Execution(
         compute=jnp.dtype(run.train.precision),
-        residual=jnp.dtype(run.train.residual),
+        residual=jnp.dtype(run.train.residual or default_residual(backend)),
         remat=run.train.remat,
         unroll=min(unroll, layers),
         kernel="splash" if backend == "tpu" and whole_sequences and fits_splash(run.seq) else "xla",
     )
+
+
+def default_residual(backend: str) -> str:
+    """float32 on a CPU, where matmul results are float32 anyway; elsewhere half of it, as most recipes have it."""
+    return "float32" if backend == "cpu" else "bfloat16"
 
 
 def resolve_placement(run: RunConfig, mesh: Mesh, shape: MeshShape) -> Placement:

@@ -62,7 +62,7 @@ def test_refused_before_anything_starts(args: list[str], said: str, capsys, monk
 
 def test_unknown_program(capsys):
     assert status("compile", "serv") == 2
-    assert "program 'serv' is not known. Legal: train." in capsys.readouterr().err
+    assert "program 'serv' is not known. Did you mean 'serve'?" in capsys.readouterr().err
     assert status("compile") == 0
     assert "train" in capsys.readouterr().out
 
@@ -90,6 +90,68 @@ def test_exit_status_and_words_where_it_does_not_fit(capsys, monkeypatch: pytest
     out = capsys.readouterr().out
     assert "fits: 10.00 GiB of 16.00 GiB a device, 62%." in out
     assert "collectives: unreadable: x" in out
+
+
+SERVE = ("compile", "serve", "test", "--on", "cpu:4", "--mesh", "data=2,tensor=2", "--slots", "4")
+
+
+def test_compiles_the_serving_programs(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert status(*SERVE, "--context", "24", "--precision", "float32", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["mesh"], answer["slots"], answer["context"], answer["prompt"]) == ("data=2,tensor=2", 4, 24, 12)
+    # [B, S, K, H] of float32 for keys and values of 2 layers, over 4 devices.
+    cache_bytes = 2 * 2 * 4 * 24 * 2 * 8 * 4 // 4
+    for program in ("prefill", "decode"):
+        report = answer["programs"][program]
+        assert report["fits"]
+        assert cache_bytes <= report["memory"]["aliased_bytes"] < cache_bytes + 512
+        assert any(one["axes"] == ["tensor"] and one["kind"] == "all-reduce" for one in report["collectives"])
+    assert answer["fits"]
+    assert status(*SERVE, "--program", "decode", "--hlo", str(tmp_path / "decode.txt")) == 0
+    out = capsys.readouterr().out
+    assert "test: decode on cpu:4 (4 devices), mesh data=2,tensor=2, 4 slots of 32, bfloat16; compiled in" in out
+    assert "collectives of one decode step" in out
+    assert "prefill" not in out
+    assert (tmp_path / "decode.txt").read_text(encoding="utf-8").startswith("HloModule")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["test", "--on", "v5x:2x4"], "'v5x' is not known"),
+        (["test", "--on", "cpu:8", "--mesh", "tensor=2"], "mesh tensor=2 is of 2 devices and cpu:8 has 8."),
+        (["test", "--on", "cpu:8"], "mesh tensor=8 does not divide heads=4. Legal: tensor=1, 2, 4."),
+        (["test", "--on", "cpu:2", "--context", "64"], "context=64 exceeds the model's context. Use at most 32."),
+        (["test", "--on", "cpu:2", "--prompt", "40"], "prompt=40 does not fit context=32."),
+        (["test", "--on", "cpu:2", "--mesh", "data=2", "--slots", "3"], "slots=3 does not divide over data=2"),
+        (["test", "--on", "cpu:2", "--hlo", "decode.txt"], "--hlo is for one program: give --program"),
+        (["test", "--on", "cpu:2", "--program", "insert"], "'insert' is not one of"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(args: list[str], said: str, capsys):
+    assert status("compile", "serve", *args) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_serving_without_the_compiler_says_how_to_install_it(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gcompute.aot.target._is_here", lambda module: False)
+    assert status("compile", "serve", "llama3-8b", "--on", "v5e:2x4") == 2
+    error = capsys.readouterr().err
+    assert "pip install gcompute[tpu-aot]" in error
+    assert error.count("\n") == 1
+
+
+def test_exit_status_where_a_serving_program_does_not_fit(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compile_module, "check_installed", lambda target: None)
+    answer = {"fits": False, "programs": {"prefill": report(), "decode": report(**TOO_LARGE)}}
+    monkeypatch.setattr(compile_module, "compile_elsewhere", lambda request, target: answer)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert status("compile", "serve", "llama3-8b", "--on", "v5e:4x4", "--mesh", "data=2,tensor=8") == 1
+    out = capsys.readouterr().out
+    assert "prefill fits: 10.00 GiB of 16.00 GiB a device, 62%." in out
+    assert "decode does not fit: it needs 24.00 GiB of 16.00 GiB a device. What would help: fewer --slots;" in out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""Published training runs, as the planner is asked about them: shapes, chips, mesh, batch, what is kept; and their times.
+
+Nothing of a run but these facts goes into its prediction. Chip counts of v7x are of chips, two devices each.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gcompute.config.architecture import Architecture, Attention, FeedForward, Layers
+from gcompute.config.mesh import MeshShape
+from gcompute.hardware.catalogue import find_chip
+from gcompute.hardware.target import Target, slice_of
+from gcompute.plan.train_time import TrainRun
+
+RUNS = Path(__file__).with_name("published.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedRun:
+    """One run. step_s: as published, or from the tokens a second that were. headline: of the ten that the README shows."""
+
+    name: str
+    group: str
+    run: TrainRun
+    target: Target
+    step_s: float
+    source: str
+    headline: bool
+
+
+@cache
+def published_runs() -> tuple[PublishedRun, ...]:
+    """Every run of published.json."""
+    document = json.loads(RUNS.read_text(encoding="utf-8"))
+    return tuple(_run(one, document["models"]) for one in document["runs"])
+
+
+def _run(one: dict[str, Any], models: dict[str, Any]) -> PublishedRun:
+    shape = models[one["model"]]
+    attention = Attention(heads=shape["heads"], kv_heads=shape["kv_heads"], head_dim=shape["head_dim"])
+    fed = FeedForward(width=shape["ffn"], gated=shape["gated"])
+    model = Architecture(
+        name=one["model"],
+        vocab=shape["vocab"],
+        dim=shape["dim"],
+        layers=(Layers(num=shape["layers"], attention=attention, feed_forward=fed),),
+        context=one["seq"],
+        tied=False,
+    )
+    chip = find_chip(one["chip"])
+    slices = one["slices"]
+    shape_of_slice = slice_of(chip, one["chips"] // slices) if chip.torus_dims else (one["chips"],)
+    assert shape_of_slice is not None
+    remat = one["remat"]
+    run = TrainRun(
+        model=model,
+        batch=one["batch"],
+        seq=one["seq"],
+        mesh=MeshShape.parse(one["mesh"]),
+        accumulation=one.get("accumulation", 1),
+        remat=remat if isinstance(remat, str) else tuple(remat),
+        sequence_parallel=one.get("sequence_parallel", True),
+        schedule="interleaved" if one.get("chunks", 1) > 1 else "1f1b",
+        chunks=one.get("chunks", 1),
+    )
+    return PublishedRun(
+        name=f"{one['model']} on {one['chips']:,} {chip.name}, {one['mesh']}, batch {one['batch']:,} x {one['seq']:,}",
+        group=f"{one['model']} on {chip.name}",
+        run=run,
+        target=Target(chip=chip.name, shape=shape_of_slice, slices=slices, known=chip),
+        step_s=one["step_s"],
+        source=one["source"],
+        headline=one.get("headline", False),
+    )

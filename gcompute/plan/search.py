@@ -1,0 +1,144 @@
+"""Find the best way to train a model on given chips: every legal mesh, rematerialisation, microbatch and batch, ranked.
+
+Memory is predicted first, which is quick, and time for what fits. Where a mesh can do without rematerialisation nothing
+that recomputes more can be faster, so only the least that fits is timed.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from gcompute.config.architecture import Architecture
+from gcompute.config.mesh import MeshShape
+from gcompute.plan.accuracy import accuracy_of
+from gcompute.plan.memory import OPERAND_BYTES
+from gcompute.plan.program_memory import program_memory
+from gcompute.plan.train_plan import CLOSE, FITS, MemoryAnswer, TrainQuestion, memory_facts, memory_of
+from gcompute.plan.train_time import TrainRun, TrainTime, train_time
+
+REMATS = ("none", "dots", "full")
+# More shares of a matrix or a sequence than these, or stages, cost more than they bring on any chip known here.
+MOST_TENSOR, MOST_CONTEXT, MOST_STAGES = 64, 64, 32
+MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
+SEQUENCES_PER_SHARE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One way, with its predicted memory and time. usd_per_hour: of all chips, None without a price."""
+
+    question: TrainQuestion
+    total_bytes: float
+    verdict: str
+    time: TrainTime
+
+    @property
+    def run(self) -> TrainRun:
+        return self.question.run
+
+
+def search(
+    question: TrainQuestion, *, batch: int | None, accumulation: int | None = None, remat: str | None = None
+) -> tuple[Candidate, ...]:
+    """Every way that fits, most tokens a second first; where none fits, those nearest to it.
+
+    Args:
+      question: what is fixed; its mesh, and whatever of the rest is given as None, is searched.
+      batch: sequences a step; None tries several for each share of the batch.
+
+    Raises:
+      ValueError: no mesh divides the model and the batch.
+    """
+    tried: list[tuple[float, TrainQuestion, MemoryAnswer]] = []
+    fitting: list[tuple[TrainQuestion, MemoryAnswer]] = []
+    remats = (remat,) if remat else REMATS
+    for mesh in legal_meshes(question.run.model, question.target.num_devices, question.run.seq):
+        for size, microbatches in _batches(mesh, batch, accumulation):
+            for policy in remats:
+                one = question.replace(mesh=mesh, batch=size, accumulation=microbatches, remat=policy)
+                memory = _quick_memory(one)
+                if memory.verdict in (FITS, CLOSE) or memory.available_bytes is None:
+                    fitting.append((one, memory))
+                    break
+                tried.append((memory.total_bytes, one, memory))
+    if not fitting and not tried:
+        raise ValueError(
+            f"no mesh of {question.target.num_devices} devices divides the model and batch={batch}. Use another batch:"
+            " a multiple of the devices always has one."
+        )
+    if not fitting:
+        nearest = sorted(tried, key=lambda one: one[0])[:20]
+        fitting = [(one, memory) for _, one, memory in nearest]
+    found = [
+        Candidate(
+            question=one,
+            total_bytes=memory.total_bytes,
+            verdict=memory.verdict,
+            time=train_time(one.run, one.target),
+        )
+        for one, memory in fitting
+    ]
+    sure = {FITS: 0, CLOSE: 1}
+    # The trusted first; of equal speed, the simplest mesh and the smaller batch.
+    return tuple(
+        sorted(
+            found,
+            key=lambda one: (sure.get(one.verdict, 2), -one.time.tokens_per_s, _axes_used(one.run.mesh), one.run.batch),
+        )
+    )
+
+
+def _axes_used(mesh: MeshShape) -> int:
+    return sum(size > 1 for size in dataclasses.astuple(mesh))
+
+
+def _quick_memory(question: TrainQuestion) -> MemoryAnswer:
+    if question.target.backend != "tpu":
+        return memory_of(question)
+    predicted = program_memory(question.run, residual_bytes=OPERAND_BYTES[question.residual])
+    return MemoryAnswer(
+        components={},
+        total_bytes=predicted.total_bytes,
+        available_bytes=question.target.hbm_bytes,
+        accuracy=accuracy_of("train memory, TPU compiler", memory_facts(question)),
+    )
+
+
+def legal_meshes(model: Architecture, num_devices: int, seq: int) -> Iterator[MeshShape]:
+    """Every mesh of `num_devices` that divides the model: data x stage x fsdp x expert x context x tensor.
+
+    >>> from gcompute.config.models import planned_model
+    >>> len(list(legal_meshes(planned_model("demo").architecture, 1, 256)))
+    1
+    """
+    sizes = [
+        math.gcd(group.attention.heads, group.attention.kv_heads, group.feed_forward.width, model.vocab)
+        for group in model.layers
+    ]
+    tensors = _divisors(math.gcd(num_devices, *sizes), MOST_TENSOR)
+    experts = [group.feed_forward.experts for group in model.layers if group.feed_forward.experts]
+    for tensor in tensors:
+        for expert in _divisors(math.gcd(num_devices // tensor, *experts), num_devices) if experts else (1,):
+            left = num_devices // (tensor * expert)
+            for context in _divisors(math.gcd(left, seq // 2), MOST_CONTEXT):
+                for stage in _divisors(math.gcd(left // context, model.num_layers), MOST_STAGES):
+                    rest = left // (context * stage)
+                    for fsdp in _divisors(math.gcd(rest, model.dim), rest):
+                        yield MeshShape(
+                            data=rest // fsdp, stage=stage, fsdp=fsdp, expert=expert, context=context, tensor=tensor
+                        )
+
+
+def _batches(mesh: MeshShape, batch: int | None, accumulation: int | None) -> Iterator[tuple[int, int]]:
+    """(batch, microbatches) that the mesh divides; a pipeline has at least as many microbatches as stages."""
+    sizes: Sequence[int] = (batch,) if batch else [mesh.batch_shards * each for each in SEQUENCES_PER_SHARE]
+    counts = (accumulation,) if accumulation else MICROBATCHES
+    for size, count in itertools.product(sizes, counts):
+        if count >= mesh.stage and size % (mesh.batch_shards * count) == 0:
+            yield size, count
+
+
+def _divisors(number: int, most: int) -> tuple[int, ...]:
+    return tuple(n for n in range(1, min(number, most) + 1) if number % n == 0)

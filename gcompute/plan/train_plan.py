@@ -1,0 +1,271 @@
+"""The whole answer on a training run: does it fit, how long does a step take, what bounds it, what does it cost."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from gcompute.config.architecture import Architecture, architecture
+from gcompute.config.mesh import Axis
+from gcompute.config.model import ModelConfig
+from gcompute.config.train import RunConfig
+from gcompute.hardware.target import Target
+from gcompute.plan.accuracy import Accuracy, accuracy_of
+from gcompute.plan.legal import check_mesh
+from gcompute.plan.memory import (
+    OPERAND_BYTES,
+    FLOAT32_BYTES,
+    optimizer_state_values,
+    train_memory,
+    values_on_device,
+)
+from gcompute.plan.params import weight_arrays
+from gcompute.plan.program_memory import ProgramMemory, program_memory
+from gcompute.plan.train_step import predict_train_step
+from gcompute.plan.train_time import TrainRun, TrainTime, train_time
+
+FITS, CLOSE, TOO_LARGE, SHARED = "fits", "too close to call", "does not fit", "shares the machine's memory"
+# A GPU's own memory, less what the driver and the libraries take. JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION
+# says otherwise.
+GPU_USABLE = 0.92
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainQuestion:
+    """A training run on a target, with all that its memory depends on. config: None where the trainer has no such
+    model. residual: dtype of the stream between blocks."""
+
+    run: TrainRun
+    target: Target
+    config: ModelConfig | None = None
+    optimizer: str = "adamw"
+    residual: str = "bfloat16"
+
+    def replace(self, **changes: object) -> "TrainQuestion":
+        """The same question with other fields of its run."""
+        return dataclasses.replace(self, run=dataclasses.replace(self.run, **changes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryAnswer:
+    """Predicted bytes on the fullest device by component, against what a program may use of it.
+
+    available_bytes: None on CPU devices. accuracy: of this class of prediction; None on chips whose programs were not
+    examined. verdict: "fits" only where it would even if the prediction were too small by as much as any examined.
+    """
+
+    components: dict[str, float]
+    total_bytes: float
+    available_bytes: float | None
+    accuracy: Accuracy | None
+
+    @property
+    def verdict(self) -> str:
+        if self.available_bytes is None:
+            return SHARED
+        low = self.accuracy.low if self.accuracy else 0.0
+        if self.total_bytes * (1 + low) <= self.available_bytes:
+            return FITS
+        return CLOSE if self.total_bytes <= self.available_bytes else TOO_LARGE
+
+    @property
+    def left_bytes(self) -> float | None:
+        return None if self.available_bytes is None else self.available_bytes - self.total_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainAnswer:
+    """The memory and time of a question, and what was said of their class of prediction."""
+
+    question: TrainQuestion
+    memory: MemoryAnswer
+    time: TrainTime
+    time_accuracy: Accuracy | None
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+
+def question_of(run: RunConfig, target: Target, accumulation: int, *, name: str) -> TrainQuestion:
+    """The question that a configuration of the trainer is, on `target`.
+
+    Raises:
+      ValueError: the mesh, the model and the batch do not go together.
+    """
+    config, mesh = run.train, run.train.mesh
+    assert mesh is not None
+    model = architecture(run.model, name)
+    residual = config.residual or ("float32" if target.backend == "cpu" else "bfloat16")
+    planned = TrainRun(
+        model=model,
+        batch=config.batch,
+        seq=run.seq,
+        mesh=mesh,
+        accumulation=accumulation,
+        remat=config.remat,
+        precision=config.precision,
+        activation_bytes=OPERAND_BYTES[residual],
+        state_values=state_values(run.model, run.optimizer.optimizer),
+        sequence_parallel=config.sequence_parallel,
+        schedule=config.pipeline_schedule,
+        chunks=config.pipeline_chunks,
+        zero=config.zero,
+    )
+    return TrainQuestion(
+        run=planned, target=target, config=run.model, optimizer=run.optimizer.optimizer, residual=residual
+    )
+
+
+def state_values(config: ModelConfig, optimizer: str) -> float:
+    """Values of state that an optimizer keeps for each parameter, over the whole model."""
+    arrays = weight_arrays(config)
+    return sum(optimizer_state_values(array, optimizer) for array in arrays) / sum(a.num_params for a in arrays)
+
+
+def check_question(question: TrainQuestion) -> None:
+    """Raise ValueError where the mesh does not divide the model or the batch, or is not of the target's size."""
+    run, target = question.run, question.target
+    if run.mesh.num_devices != target.num_devices:
+        raise ValueError(
+            f"mesh {run.mesh} is of {run.mesh.num_devices} devices and {target} has {target.num_devices}. Give axes"
+            f" whose product is {target.num_devices}, as in --mesh fsdp={target.num_devices}, or --search."
+        )
+    check_mesh(
+        run.model,
+        run.mesh,
+        batch=run.batch,
+        seq=run.seq,
+        accumulation=run.accumulation,
+        schedule=run.schedule,
+        chunks=run.chunks,
+    )
+
+
+def memory_of(question: TrainQuestion) -> MemoryAnswer:
+    """Predict the memory of a question; the trainer's plain XLA attention keeps scores where no kernel does the work."""
+    run, target = question.run, question.target
+    available = target.hbm_bytes
+    if target.backend == "tpu" or question.config is None:
+        predicted = program_memory(run, residual_bytes=OPERAND_BYTES[question.residual])
+        accuracy = accuracy_of("train memory, TPU compiler", memory_facts(question)) if target.backend == "tpu" else None
+        return MemoryAnswer(
+            components=_named(predicted),
+            total_bytes=predicted.total_bytes,
+            available_bytes=_usable(target, available),
+            accuracy=accuracy,
+        )
+    remat = run.remat if isinstance(run.remat, str) else "full"
+    plain = train_memory(
+        question.config,
+        batch=run.batch,
+        seq=run.seq,
+        accumulation=run.accumulation,
+        optimizer=question.optimizer,
+        precision=run.precision,
+        remat=remat,
+        mesh=run.mesh,
+        residual=question.residual,
+    )
+    components = {name.removesuffix("_bytes"): float(value) for name, value in plain.to_dict().items()}
+    total = components.pop("total")
+    return MemoryAnswer(
+        components=components, total_bytes=total, available_bytes=_usable(target, available), accuracy=None
+    )
+
+
+def _usable(target: Target, available: int | None) -> float | None:
+    return None if available is None else available * (GPU_USABLE if target.backend == "gpu" else 1.0)
+
+
+def _named(memory: ProgramMemory) -> dict[str, float]:
+    return {field.name.removesuffix("_bytes"): getattr(memory, field.name) for field in dataclasses.fields(memory)}
+
+
+def memory_facts(question: TrainQuestion) -> dict[str, str | tuple[str, ...]]:
+    """What an examination of memory distinguishes."""
+    run = question.run
+    return {
+        "chip": question.target.chip,
+        "axis": _axes(run),
+        "remat": run.remat if isinstance(run.remat, str) else "full",
+        "layers": _kinds(run.model),
+        "optimizer": question.optimizer,
+    }
+
+
+def time_facts(run: TrainRun, target: Target) -> dict[str, str | tuple[str, ...]]:
+    """What an examination of step times distinguishes."""
+    return {"chip": target.chip, "axis": _axes(run), "layers": _kinds(run.model), "precision": run.precision}
+
+
+def _axes(run: TrainRun) -> tuple[str, ...]:
+    return tuple(axis.value for axis in Axis if run.mesh.size(axis) > 1)
+
+
+def _kinds(model: Architecture) -> tuple[str, ...]:
+    kinds = set()
+    for group in model.layers:
+        kinds.add("experts" if group.feed_forward.experts else "dense")
+        kinds |= {"latent attention"} if group.attention.kv_rank is not None else set()
+        kinds |= {"windows"} if group.attention.window is not None else set()
+    return tuple(sorted(kinds))
+
+
+def answer(question: TrainQuestion) -> TrainAnswer:
+    """Predict all of a question.
+
+    Raises:
+      ValueError: it does not go together, or the catalogue lacks a figure that it needs.
+    """
+    check_question(question)
+    run, target = question.run, question.target
+    if target.backend == "cpu":
+        return TrainAnswer(question=question, memory=memory_of(question), time=_on_cpu(question), time_accuracy=None)
+    kind = {"tpu": "train step, TPU", "gpu": "train step, GPU"}[target.backend]
+    return TrainAnswer(
+        question=question,
+        memory=memory_of(question),
+        time=train_time(run, target),
+        time_accuracy=accuracy_of(kind, time_facts(run, target)),
+    )
+
+
+def _on_cpu(question: TrainQuestion) -> TrainTime:
+    """The step on this machine, by its measured ceilings and the trainer's own sweeps (`plan.train_step`)."""
+    run, chip = question.run, question.target.known
+    assert chip is not None
+    if question.config is None:
+        raise ValueError(f"{run.model.name} is not a model of this library's trainer, which runs on this machine.")
+    whole = train_time(run, question.target)
+    step = predict_train_step(
+        question.config,
+        batch=run.batch,
+        seq=run.seq,
+        precision=run.precision,
+        roofline_flops_per_s=chip.peak_flops_per_s[run.precision],
+        memory_bytes_per_s=chip.hbm_bytes_per_s,
+        accumulation=run.accumulation,
+        optimizer=question.optimizer,
+        remat=run.remat if isinstance(run.remat, str) else "full",
+    )
+    return dataclasses.replace(
+        whole,
+        matmul_s=step.compute_s,
+        attention_s=0.0,
+        sweep_s=step.memory_s,
+        exposed_s=0.0,
+        bubble_s=0.0,
+        optimizer_s=step.optimizer_s,
+        step_s=step.step_s,
+        tokens_per_s=step.tokens_per_s,
+        mfu=whole.mfu * whole.step_s / step.step_s,
+        bound="compute" if step.bound == "compute" else "HBM",
+    )
+
+
+def exact_arguments_bytes(question: TrainQuestion) -> float | None:
+    """Bytes of parameters and optimizer state on a device, array by array; None for a model the trainer has not."""
+    if question.config is None:
+        return None
+    arrays, mesh = weight_arrays(question.config), question.run.mesh
+    params = sum(values_on_device(array, array.num_params, mesh) for array in arrays)
+    state = sum(
+        values_on_device(array, optimizer_state_values(array, question.optimizer), mesh) for array in arrays
+    )
+    return float(FLOAT32_BYTES * (params + state))
