@@ -15,7 +15,7 @@ from gcompute.config.mesh import Axis
 PACKAGE = Path(gcompute.__file__).parent
 # Lowest first. A package may import those before it.
 LAYERS = (
-    *("config", "hardware", "plan", "vectorize", "measure", "aot", "parallel", "model", "train", "serve"),
+    *("config", "hardware", "plan", "exam", "vectorize", "measure", "aot", "parallel", "model", "train", "serve"),
     *("diagnose", "certify", "lab", "cli"),
 )
 STRANGERS = {"train", "serve"}

@@ -44,6 +44,10 @@ COMMANDS = {
         about="Predict: will it fit, what bounds it, what does it cost; on chips that need not be here.",
         example="gcompute plan train llama3-70b --on v5p:8x8x16 --mesh fsdp=256,tensor=4 --batch 1024",
     ),
+    "exam": Entry(
+        about="Ask the planner what is known, and say how far off it is.",
+        example="gcompute exam",
+    ),
     "compile": Entry(
         about="Compile a real program for chips that are not here: memory, collectives, fits or not.",
         example="gcompute compile train llama3-8b --on v5e:4x4 --mesh fsdp=16 --batch 16 --seq 2048 --remat full",

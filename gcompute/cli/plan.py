@@ -1,4 +1,4 @@
-"""gcompute plan: will it fit, what bounds it, what does it cost; for training, serving, and buying instead of renting."""
+"""gcompute plan: will it fit, what bounds it, what does it cost; training, serving, and buying instead of renting."""
 
 import click
 

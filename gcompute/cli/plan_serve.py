@@ -7,7 +7,16 @@ from typing import Any
 import click
 
 from gcompute.cli.flags import SectionedCommand
-from gcompute.cli.planning import checked_json, dollars, gib, known_chips, planning_target, seconds, two_columns
+from gcompute.cli.planning import (
+    checked_json,
+    dollars,
+    gib,
+    known_chips,
+    planning_target,
+    seconds,
+    two_columns,
+    wide_console,
+)
 from gcompute.config.mesh import MeshShape
 from gcompute.config.models import PlannedModel, planned_model
 from gcompute.hardware.target import Target
@@ -118,11 +127,15 @@ def command(
     if concurrency is None:
         run = dataclasses.replace(run, concurrency=max(1, most))
     if prove:
-        from gcompute.cli.prove import check_provable_serve, prove_serve
+        from gcompute.cli.prove import check_provable_serve
 
         check_provable_serve(planned, run, target)
     told = ServeAnswer(planned, run, target, usd_per_hour=usd_per_hour, spot=spot, ttft_s=slo_ttft, tpot_s=slo_tpot)
-    proof = prove_serve(planned, run, target, as_json=as_json) if prove else None
+    proof = None
+    if prove:
+        from gcompute.cli.prove import prove_serve
+
+        proof = prove_serve(planned, run, target)
     if plot:
         from gcompute.cli.plan_plot import plot_loads
 
@@ -165,7 +178,7 @@ def _best(
     if best is not None:
         return best[1]
     # Nothing fits: show what lacks least, everything split as far as it goes.
-    return dataclasses.replace(run, mesh=max(serving_meshes(run.model, target), key=lambda m: (m.tensor * m.expert)))
+    return dataclasses.replace(run, mesh=max(serving_meshes(run.model, target), key=lambda m: m.tensor * m.expert))
 
 
 class ServeAnswer:
@@ -255,14 +268,12 @@ class ServeAnswer:
         return room if room >= self.run.prompt + self.run.output else 0
 
     def show(self) -> None:
-        from rich.console import Console
-
-        console = Console(markup=False, highlight=False)
+        console = wide_console()
         run, load = self.run, self.load
         console.print(
             f"{self.planned.name} on {self.target} ({self.target.num_devices:,} devices), mesh {run.mesh}: weights"
-            f" {run.weights}, keys and values {run.cache}, {run.concurrency:,} requests of {run.prompt:,} + {run.output:,}"
-            f" tokens, room for {run.room:,} each. Predicted.",
+            f" {run.weights}, keys and values {run.cache}, {run.concurrency:,} requests of {run.prompt:,} +"
+            f" {run.output:,} tokens, room for {run.room:,} each. Predicted.",
             soft_wrap=True,
         )
         for name in self.planned.unused:
@@ -282,8 +293,8 @@ class ServeAnswer:
         )
         per_token = gib(cache_bytes(run.model, 1, value_bytes=run.cache_bytes))
         console.print(
-            f"cache: {per_token} a token; room runs out after {self.most:,} requests; at {run.concurrency:,} the longest"
-            f" context is {self.longest_context():,}",
+            f"cache: {per_token} a token; room runs out after {self.most:,} requests; at {run.concurrency:,} the"
+            f" longest context is {self.longest_context():,}",
             soft_wrap=True,
         )
         shown = {

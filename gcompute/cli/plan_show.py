@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gcompute.cli.planning import count, dollars, gib, seconds, two_columns
+from gcompute.cli.planning import count, dollars, gib, seconds, two_columns, wide_console
 from gcompute.config.models import PlannedModel
 from gcompute.hardware.target import Target
 from gcompute.plan.accuracy import Accuracy
@@ -19,9 +19,13 @@ from gcompute.plan.program_memory import largest_batch, largest_context
 from gcompute.plan.search import Candidate
 from gcompute.plan.sizes import sizes
 from gcompute.plan.train_plan import CLOSE, FITS, MemoryAnswer, TrainAnswer
+from gcompute.plan.train_time import TrainTime
 from gcompute.plan.why import why_train
 
 MOST_OPERATIONS = 12
+TIME_FIELDS = tuple(
+    one.name for one in dataclasses.fields(TrainTime) if one.name not in ("operations", "communication")
+)
 STYLES = {FITS: "green", CLOSE: "yellow"}
 MEMORY_LABELS = {
     "parameters": "parameters, float32",
@@ -64,11 +68,12 @@ def train_json(
         },
         "largest": _largest(told),
         "time": {
-            **{f.name: getattr(time, f.name) for f in dataclasses.fields(time) if f.name not in ("operations", "communication")},
+            **{name: getattr(time, name) for name in TIME_FIELDS},
             "accuracy": accuracy_json(told.time_accuracy),
         },
         "communication": [
-            {**dataclasses.asdict(one), "axis": one.axis.value, "exposed_s": one.exposed_s} for one in time.communication
+            {**dataclasses.asdict(one), "axis": one.axis.value, "exposed_s": one.exposed_s}
+            for one in time.communication
         ],
         "operations": [_operation_json(one, told) for one in grouped(time.operations)],
         "cost": cost_of(planned, told, tokens=tokens, usd_per_hour=usd_per_hour, spot=spot),
@@ -113,7 +118,7 @@ def _largest(told: TrainAnswer) -> dict[str, int | None]:
     question, available = told.question, told.memory.available_bytes
     if available is None or question.target.backend != "tpu":
         return {"batch": None, "seq": None}
-    sure = available / (1 + (told.memory.accuracy.low if told.memory.accuracy else 0.0))
+    sure = available / (1 + told.memory.low)
     residual = OPERAND_BYTES[question.residual]
     return {
         "batch": largest_batch(question.run, sure, residual_bytes=residual),
@@ -152,14 +157,14 @@ def show_train(
     spot: bool,
 ) -> None:
     """Print the answer."""
-    console = Console(markup=False, highlight=False)
+    console = wide_console()
     run, target = told.question.run, told.question.target
     counted = sizes(planned.architecture)
     active = f", {count(counted.active)} a token" if counted.active != counted.total else ""
     console.print(
         f"{planned.name} ({count(counted.total)} parameters{active}): one train step on {target}"
-        f" ({target.num_devices:,} devices), mesh {run.mesh}{' (found by search)' if chosen else ''}, batch {run.batch:,}"
-        f" x {run.seq:,} in {run.accumulation} microbatch{'es' if run.accumulation > 1 else ''}, remat {run.remat},"
+        f" ({target.num_devices:,} devices), mesh {run.mesh}{' (found by search)' if chosen else ''}, batch"
+        f" {run.batch:,} x {run.seq:,} in {run.accumulation} microbatch{'es' if run.accumulation > 1 else ''}, remat {run.remat},"
         f" {run.precision}, residual {told.question.residual}, {told.question.optimizer}. Predicted.",
         soft_wrap=True,
     )
@@ -168,7 +173,9 @@ def show_train(
     show_memory(told.memory, console)
     largest = _largest(told)
     if largest["batch"] is not None:
-        console.print(f"the most that surely fits: batch {largest['batch']:,} at this length, or length {largest['seq']:,}")
+        console.print(
+            f"the most that surely fits: batch {largest['batch']:,} at this length, or length {largest['seq']:,}"
+        )
     _show_time(told, console)
     _show_communication(told, console)
     _show_operations(told, console)
@@ -227,7 +234,9 @@ def _show_communication(told: TrainAnswer, console: Console) -> None:
 
 def _show_operations(told: TrainAnswer, console: Console) -> None:
     rows = sorted(grouped(told.time.operations), key=lambda one: -_operation_s(one, told))
-    table = Table(title=f"operations of one step, a device: the {MOST_OPERATIONS} longest (predicted)", title_justify="left")
+    table = Table(
+        title=f"operations of one step, a device: the {MOST_OPERATIONS} longest (predicted)", title_justify="left"
+    )
     table.add_column("operation", no_wrap=True)
     for name in ("operations", "bytes", "per byte", "takes"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -255,7 +264,7 @@ def _show_cost(cost: dict[str, Any], target: Target, console: Console) -> None:
 
 def show_search(planned: PlannedModel, target: Target, found: tuple[Candidate, ...], top: int) -> None:
     """The best ways, ranked."""
-    console = Console(markup=False, highlight=False)
+    console = wide_console()
     fitting = sum(one.verdict in (FITS, CLOSE) for one in found)
     table = Table(
         title=f"{planned.name} on {target}: {fitting:,} ways fit; the best {min(top, len(found))} (predicted)",

@@ -114,12 +114,16 @@ def command(
     if prove:
         from gcompute.cli.prove import prove_train
 
-        proof = prove_train(told, run_of(planned, question, values), as_json=as_json)
+        proof = prove_train(told, run_of(planned, question, values))
     if plot:
         from gcompute.cli.plan_plot import plot_roofline
 
         plot_roofline(
-            told.time.operations, target, question.run.precision, plot, title=f"{planned.name}: a train step on {target}"
+            told.time.operations,
+            target,
+            question.run.precision,
+            plot,
+            title=f"{planned.name}: a train step on {target}",
         )
     if as_json:
         document = train_json(planned, told, **price)

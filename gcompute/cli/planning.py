@@ -1,4 +1,4 @@
-"""What the planning commands share: the chips that are known, `this` machine among them, and how answers are written."""
+"""What the planning commands share: the chips that are known, `this` machine among them; how answers are written."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from gcompute.hardware.chip import Chip
 from gcompute.hardware.target import Target
 
 THIS = "this"
+LEAST_WIDTH = 120
 
 
 def known_chips(path: Path | None) -> Mapping[str, Chip]:
@@ -37,7 +38,9 @@ def planning_target(text: str, chips: Mapping[str, Chip], *, again: bool = False
         return Target(chip=THIS, shape=(int(number or 1),), known=chip)
     target = Target.parse(text, chips)
     if target.known is None:
-        raise ValueError(f"{target} is of fake devices, which have no figures. Plan for --on this, measured, or a chip.")
+        raise ValueError(
+            f"{target} is of fake devices, which have no figures. Plan for --on this, measured, or a chip."
+        )
     return target
 
 
@@ -77,6 +80,12 @@ def dollars(value: float) -> str:
     if value == 0 or not math.isfinite(value):
         return f"${value:,.0f}"
     return f"${value:,.0f}" if value >= 1000 else f"${value:,.2f}" if value >= 0.1 else f"${value:.2g}"
+
+
+def wide_console() -> Console:
+    """A console that does not cut tables short where there is no terminal to be as wide as."""
+    console = Console(markup=False, highlight=False)
+    return console if console.is_terminal else Console(markup=False, highlight=False, width=LEAST_WIDTH)
 
 
 def two_columns(title: str, rows: Mapping[str, str], console: Console, *, bold: str | None = None) -> None:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from gcompute.aot.target import check_installed, compile_target
 from gcompute.cli.compile import compile_elsewhere
-from gcompute.cli.planning import gib, seconds
+from gcompute.cli.planning import gib, seconds, wide_console
 from gcompute.config.mesh import Axis
 from gcompute.config.models import PlannedModel
 from gcompute.config.train import RunConfig
@@ -36,12 +36,14 @@ def check_provable(planned: PlannedModel, target: Target) -> Target:
     elif target.backend == "cpu":
         compiled = compile_target(f"cpu:{target.num_devices}")
     else:
-        raise ValueError("--prove compiles for CPU devices, or for chips of the catalogue: name this one's, --on CHIP:N.")
+        raise ValueError(
+            "--prove compiles for CPU devices, or for chips of the catalogue: name this one's, --on CHIP:N."
+        )
     check_installed(compiled)
     return compiled
 
 
-def prove_train(told: TrainAnswer, run: RunConfig, *, as_json: bool) -> dict[str, Any]:
+def prove_train(told: TrainAnswer, run: RunConfig) -> dict[str, Any]:
     """Compile the step that was planned; predicted and compiled side by side. Bytes are of one device."""
     question = told.question
     planned = PlannedModel(name=question.run.model.name, architecture=question.run.model, trainable=run.model)
@@ -49,7 +51,10 @@ def prove_train(told: TrainAnswer, run: RunConfig, *, as_json: bool) -> dict[str
     report = compile_elsewhere({"target": str(target), "run": run.to_dict(), "hlo": None}, target)
     components = told.memory.components
     arguments = components.get("parameters", 0.0) + components.get("optimizer", 0.0)
-    expected = [(one.axis.value, one.what, _sent_bytes(one, question.run.mesh.size(one.axis))) for one in told.time.communication]
+    expected = [
+        (one.axis.value, one.what, _sent_bytes(one, question.run.mesh.size(one.axis)))
+        for one in told.time.communication
+    ]
     return _proof(report, target, arguments, told.memory.total_bytes, expected)
 
 
@@ -114,11 +119,13 @@ def _collectives(report: dict[str, Any], expected: list[tuple[str, str, float]])
 
 def show_proof(proof: dict[str, Any]) -> None:
     """Print predicted, compiled and residual; then the collectives."""
-    console = Console(markup=False, highlight=False)
+    console = wide_console()
     programs = proof.get("programs") or [proof]
     for one in programs:
         name = f"{one['name']}: " if "name" in one else ""
-        table = Table(title=f"{name}memory of one device, by {one['compiler']} for {one['target']}", title_justify="left")
+        table = Table(
+            title=f"{name}memory of one device, by {one['compiler']} for {one['target']}", title_justify="left"
+        )
         table.add_column("part", no_wrap=True)
         for heading in ("predicted", "compiled", "residual"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -161,11 +168,13 @@ def check_provable_serve(planned: PlannedModel, run: ServeRun, target: Target) -
     """As `check_provable`, for the engine's programs, which hold weights and cache in bfloat16."""
     compiled = check_provable(planned, target)
     if run.weights != "bfloat16" or run.cache != "bfloat16":
-        raise ValueError("--prove compiles the engine's programs, which are bfloat16: use --weights bfloat16 --kv bfloat16.")
+        raise ValueError(
+            "--prove compiles the engine's programs, which are bfloat16: use --weights bfloat16 --kv bfloat16."
+        )
     return compiled
 
 
-def prove_serve(planned: PlannedModel, run: ServeRun, target: Target, *, as_json: bool) -> dict[str, Any]:
+def prove_serve(planned: PlannedModel, run: ServeRun, target: Target) -> dict[str, Any]:
     """Compile the engine's prefill and decode for these requests; predicted and compiled side by side."""
     compiled = check_provable_serve(planned, run, target)
     assert planned.trainable is not None

@@ -39,9 +39,8 @@ class CompiledTrain:
 
     def predicted(self, workspace: Mapping[str, float] = WORKSPACE) -> ProgramMemory:
         question = self.question
-        return program_memory(
-            question.run, residual_bytes=OPERAND_BYTES[question.residual], workspace=workspace
-        )
+        residual = OPERAND_BYTES[question.residual]
+        return program_memory(question.run, residual_bytes=residual, padding=question.padding, workspace=workspace)
 
 
 @cache
@@ -65,7 +64,8 @@ def _record(one: dict[str, Any]) -> CompiledTrain:
     optimizer = OptimizerConfig(optimizer=one["optimizer"])
     changed = " changed" if one.get("changes") else ""
     return CompiledTrain(
-        name=f"{one['model']}{changed} on {one['target']}, {one['mesh']}, {one['batch']} x {one['seq']}, remat {one['remat']}",
+        name=f"{one['model']}{changed} on {one['target']}, {one['mesh']}, {one['batch']} x {one['seq']}, remat"
+        f" {one['remat']}",
         run=RunConfig(model=config, optimizer=optimizer, train=train, data=DataConfig()),
         target=Target.parse(one["target"]),
         accumulation=one["accumulation"],

@@ -1,8 +1,9 @@
 """Fit the efficiencies of `plan.efficiency` to published runs, and say what each run's error is when it is left out.
 
-`python -m gcompute.exam.fit` prints both. The loss is the mean of |log(predicted / published)| over a source's runs, and
-then over sources, so that one long table does not outvote the rest; a share of it is the worst run of each source.
-Runs of one model on one kind of chip are left out together: they are too alike to examine each other.
+`python -m gcompute.exam.fit` prints both, and the workspace of `plan.program_memory` fitted to compiled programs. The
+loss is the mean of |log(predicted / published)| over a source's runs, and then over sources, so that one long table
+does not outvote the rest; a share of it is the worst run of each source. Runs of one model on one kind of chip are left
+out together: they are too alike to examine each other.
 """
 
 import dataclasses
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gcompute.exam.compiled import CompiledTrain, compiled_train
 from gcompute.exam.published import PublishedRun, published_runs
 from gcompute.plan.efficiency import BY_KIND, Efficiency, device_of
 from gcompute.plan.links import routes
+from gcompute.plan.program_memory import WORKSPACE
 from gcompute.plan.train_time import (
     bubble,
     communication_of,
@@ -154,8 +157,28 @@ def _source(one: PublishedRun) -> str:
     return f"{one.source.partition(':')[0]} {one.target.chip}"
 
 
+def fit_workspace(compiled: Sequence[CompiledTrain], start: Mapping[str, float]) -> dict[str, float]:
+    """How many of each array of `program_memory.WORKSPACE` fit the totals of compiled programs best."""
+    best, step = dict(start), FIRST_STEP
+
+    def loss(tried: Mapping[str, float]) -> float:
+        errors = [abs(math.log(one.predicted(tried).total_bytes / one.needed_bytes)) for one in compiled]
+        return sum(errors) / len(errors) + WORST_SHARE * max(errors)
+
+    lowest = loss(best)
+    while step > 0.01:
+        improved = False
+        for name in best:
+            for change in (math.exp(step), math.exp(-step)):
+                tried = {**best, name: best[name] * change}
+                if (found := loss(tried)) < lowest:
+                    best, lowest, improved = tried, found, True
+        step = step if improved else step / 2
+    return best
+
+
 def main() -> None:
-    """Print the fitted efficiencies of each kind of chip."""
+    """Print the fitted efficiencies of each kind of chip, and the fitted workspace."""
     for kind in ("tpu", "gpu"):
         runs = [one for one in published_runs() if one.target.backend == kind]
         found = fit(runs, BY_KIND[kind])
@@ -163,6 +186,11 @@ def main() -> None:
         print(kind, {name: float(f"{getattr(found, name):.3g}") for name in BOUNDS})
         size = np.abs(errors)
         print(f"  {len(runs)} runs, left out: median {np.median(size):.1%}, worst {size.max():.1%}")
+    compiled = compiled_train()
+    workspace = fit_workspace(compiled, WORKSPACE)
+    errors = [one.predicted(workspace).total_bytes / one.needed_bytes - 1 for one in compiled]
+    print({name: float(f"{value:.3g}") for name, value in workspace.items()})
+    print(f"  {len(compiled)} programs: median {np.median(np.abs(errors)):.1%}, worst {np.abs(errors).max():.1%}")
 
 
 if __name__ == "__main__":

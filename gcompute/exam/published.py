@@ -1,4 +1,4 @@
-"""Published training runs, as the planner is asked about them: shapes, chips, mesh, batch, what is kept; and their times.
+"""Published training runs, as the planner is asked about them: shapes, chips, mesh, batch, what is kept; their times.
 
 Nothing of a run but these facts goes into its prediction. Chip counts of v7x are of chips, two devices each.
 """
@@ -20,7 +20,7 @@ RUNS = Path(__file__).with_name("published.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedRun:
-    """One run. step_s: as published, or from the tokens a second that were. headline: of the ten that the README shows."""
+    """One run. step_s: as published, or from the tokens a second that were. headline: of the ten in the README."""
 
     name: str
     group: str

@@ -163,7 +163,7 @@ def power_of_two_split(num_chips: int, ways: float) -> tuple[int, int]:
       ValueError: a size is not above 0.
     """
     above_zero(num_chips=num_chips, ways=ways)
-    whole = int(math.log2(num_chips))
+    whole = num_chips.bit_length() - 1
     first = min(max(0, round(math.log2(ways))), whole)
     return 2**first, 2 ** (whole - first)
 
@@ -214,6 +214,20 @@ def pipeline_send_s(stream_bytes: float, *, bytes_per_s: float, microbatches: in
     return stream_bytes / (bytes_per_s * microbatches) * max(0, microbatches + stages - 2)
 
 
+def latency_bound_bytes(*, link_bytes_per_s: float, hop_latency_s: float) -> float:
+    """Bytes of a message below which a hop waits for latency, not for bytes: W_link t_hop.
+
+    >>> round(latency_bound_bytes(link_bytes_per_s=45e9, hop_latency_s=1e-6))
+    45000
+
+    Raises:
+      ValueError: a size is not above 0.
+    Source: scaling-book, "sharding", when do we become latency-bound?
+    """
+    above_zero(link_bytes_per_s=link_bytes_per_s, hop_latency_s=hop_latency_s)
+    return link_bytes_per_s * hop_latency_s
+
+
 def latency_bound_ways(whole_bytes: float, *, link_bytes_per_s: float, hop_latency_s: float) -> float:
     """Chips of a ring from which an all-gather waits for hops, not bytes: the shard of each takes less than a hop.
 
@@ -223,5 +237,5 @@ def latency_bound_ways(whole_bytes: float, *, link_bytes_per_s: float, hop_laten
       ValueError: a size is not above 0.
     Source: scaling-book, "inference", appendix C.
     """
-    above_zero(whole_bytes=whole_bytes, link_bytes_per_s=link_bytes_per_s, hop_latency_s=hop_latency_s)
-    return whole_bytes / (link_bytes_per_s * hop_latency_s)
+    above_zero(whole_bytes=whole_bytes)
+    return whole_bytes / latency_bound_bytes(link_bytes_per_s=link_bytes_per_s, hop_latency_s=hop_latency_s)

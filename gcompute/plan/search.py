@@ -1,11 +1,10 @@
 """Find the best way to train a model on given chips: every legal mesh, rematerialisation, microbatch and batch, ranked.
 
-Memory is predicted first, which is quick, and time for what fits. Where a mesh can do without rematerialisation nothing
-that recomputes more can be faster, so only the least that fits is timed.
+Memory is predicted first, which is quick, and time for what fits. At a given batch nothing that recomputes more can be
+faster, so only the least rematerialisation that fits is timed; where the batch is free, the largest of each that fits.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,17 @@ from gcompute.config.mesh import MeshShape
 from gcompute.plan.accuracy import accuracy_of
 from gcompute.plan.memory import OPERAND_BYTES
 from gcompute.plan.program_memory import program_memory
-from gcompute.plan.train_plan import CLOSE, FITS, MemoryAnswer, TrainQuestion, memory_facts, memory_of
-from gcompute.plan.train_time import TrainRun, TrainTime, train_time
+from gcompute.plan.train_plan import CLOSE, FITS, TRAIN_MEMORY, MemoryAnswer, TrainQuestion, memory_of, time_of
+from gcompute.plan.train_time import TrainRun, TrainTime
 
 REMATS = ("none", "dots", "full")
 # More shares of a matrix or a sequence than these, or stages, cost more than they bring on any chip known here.
 MOST_TENSOR, MOST_CONTEXT, MOST_STAGES = 64, 64, 32
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
-SEQUENCES_PER_SHARE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+# Sequences of a microbatch in each share of the batch, where the batch is free: the most that fit are the fastest.
+SEQUENCES = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+# Microbatches for each stage of a pipeline, where the batch is free.
+PER_STAGE = (1, 2, 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +56,22 @@ def search(
     tried: list[tuple[float, TrainQuestion, MemoryAnswer]] = []
     fitting: list[tuple[TrainQuestion, MemoryAnswer]] = []
     remats = (remat,) if remat else REMATS
+    low = accuracy_of(TRAIN_MEMORY, {}).low
     for mesh in legal_meshes(question.run.model, question.target.num_devices, question.run.seq):
-        for size, microbatches in _batches(mesh, batch, accumulation):
+        padding = question.replace(mesh=mesh).padding
+        for alternatives in _batches(mesh, batch, accumulation):
             for policy in remats:
-                one = question.replace(mesh=mesh, batch=size, accumulation=microbatches, remat=policy)
-                memory = _quick_memory(one)
-                if memory.verdict in (FITS, CLOSE) or memory.available_bytes is None:
-                    fitting.append((one, memory))
+                found_one = False
+                for size, microbatches in alternatives:
+                    one = question.replace(mesh=mesh, batch=size, accumulation=microbatches, remat=policy)
+                    memory = _quick_memory(one, low, padding)
+                    if memory.verdict in (FITS, CLOSE) or memory.available_bytes is None:
+                        fitting.append((one, memory))
+                        found_one = True
+                        break
+                    tried.append((memory.total_bytes, one, memory))
+                if found_one and batch:
                     break
-                tried.append((memory.total_bytes, one, memory))
     if not fitting and not tried:
         raise ValueError(
             f"no mesh of {question.target.num_devices} devices divides the model and batch={batch}. Use another batch:"
@@ -76,7 +85,7 @@ def search(
             question=one,
             total_bytes=memory.total_bytes,
             verdict=memory.verdict,
-            time=train_time(one.run, one.target),
+            time=time_of(one),
         )
         for one, memory in fitting
     ]
@@ -94,15 +103,17 @@ def _axes_used(mesh: MeshShape) -> int:
     return sum(size > 1 for size in dataclasses.astuple(mesh))
 
 
-def _quick_memory(question: TrainQuestion) -> MemoryAnswer:
+def _quick_memory(question: TrainQuestion, low: float, padding: float) -> MemoryAnswer:
+    """As `memory_of`, without looking the accuracy of each question up."""
     if question.target.backend != "tpu":
         return memory_of(question)
-    predicted = program_memory(question.run, residual_bytes=OPERAND_BYTES[question.residual])
+    predicted = program_memory(question.run, residual_bytes=OPERAND_BYTES[question.residual], padding=padding)
     return MemoryAnswer(
         components={},
         total_bytes=predicted.total_bytes,
         available_bytes=question.target.hbm_bytes,
-        accuracy=accuracy_of("train memory, TPU compiler", memory_facts(question)),
+        accuracy=None,
+        low=low,
     )
 
 
@@ -131,13 +142,21 @@ def legal_meshes(model: Architecture, num_devices: int, seq: int) -> Iterator[Me
                         )
 
 
-def _batches(mesh: MeshShape, batch: int | None, accumulation: int | None) -> Iterator[tuple[int, int]]:
-    """(batch, microbatches) that the mesh divides; a pipeline has at least as many microbatches as stages."""
-    sizes: Sequence[int] = (batch,) if batch else [mesh.batch_shards * each for each in SEQUENCES_PER_SHARE]
-    counts = (accumulation,) if accumulation else MICROBATCHES
-    for size, count in itertools.product(sizes, counts):
-        if count >= mesh.stage and size % (mesh.batch_shards * count) == 0:
-            yield size, count
+def _batches(mesh: MeshShape, batch: int | None, accumulation: int | None) -> Iterator[Sequence[tuple[int, int]]]:
+    """Alternatives of (batch, microbatches), of which the first that fits is the best.
+
+    With the batch given each number of microbatches is one of its own; a pipeline has at least as many as stages.
+    """
+    shares = mesh.batch_shards
+    if batch:
+        for count in (accumulation,) if accumulation else MICROBATCHES:
+            if count >= mesh.stage and batch % (shares * count) == 0:
+                yield ((batch, count),)
+        return
+    counts = (accumulation,) if accumulation else [mesh.stage * each for each in PER_STAGE if mesh.stage > 1] or [1]
+    for count in counts:
+        if count >= mesh.stage:
+            yield [(shares * count * each, count) for each in SEQUENCES]
 
 
 def _divisors(number: int, most: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from gcompute.plan.collectives import all_reduce_s, all_to_all_s
 from gcompute.plan.efficiency import Device, Efficiency, device_of, efficiency_of, operation_s
 from gcompute.plan.links import routes
 from gcompute.plan.operations import Operation, Rows, block_forward, output_forward
+from gcompute.plan.serve_workspace import bucket_of, decode_workspace, prefill_workspace, split_heads, weights_here
 from gcompute.plan.sizes import cache_bytes, sizes
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "float8": 1.0}
@@ -101,68 +102,86 @@ def check_serving_mesh(model: Architecture, mesh: MeshShape) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeMemory:
-    """Predicted bytes on one device."""
+    """Predicted bytes on one device: what stays, and what a prefill and a decode have beside it while they run.
+
+    The engine runs one program at a time, so the total is that of the larger one.
+    """
 
     weights_bytes: float
     cache_bytes: float
     prefill_bytes: float
-    logits_bytes: float
+    decode_bytes: float
     available_bytes: float | None
 
     @property
+    def arguments_bytes(self) -> float:
+        """What both programs are given."""
+        return self.weights_bytes + self.cache_bytes
+
+    @property
     def total_bytes(self) -> float:
-        return self.weights_bytes + self.cache_bytes + max(self.prefill_bytes, self.logits_bytes)
+        return self.arguments_bytes + max(self.prefill_bytes, self.decode_bytes)
 
     @property
     def fits(self) -> bool:
         return self.available_bytes is None or self.total_bytes <= self.available_bytes * USABLE
 
-    def to_dict(self) -> dict[str, float | None | bool]:
+    def to_dict(self) -> dict[str, float | bool | None]:
         return {**dataclasses.asdict(self), "total_bytes": self.total_bytes, "fits": self.fits}
+
+    def program_bytes(self, program: str) -> float:
+        """The total of one program, "prefill" or "decode"."""
+        return self.arguments_bytes + {"prefill": self.prefill_bytes, "decode": self.decode_bytes}[program]
 
 
 def weights_on_device(run: ServeRun) -> float:
-    """Values of the weights that one device holds: all but experts over tensor, experts over both axes."""
-    model, mesh = run.model, run.mesh
-    experts = sum(
-        group.num * group.feed_forward.experts * (group.feed_forward.num_up + 1) * model.dim * group.feed_forward.width
-        for group in model.layers
-        if group.feed_forward.experts
-    )
-    return (sizes(model).total - experts) / mesh.tensor + experts / (mesh.tensor * mesh.expert)
+    """Values of the weights that one device holds: see `serve_workspace.weights_here`."""
+    held = weights_here(run.model, run.mesh)
+    return held.matrices + held.rest
 
 
 def cache_of_one(run: ServeRun, tokens: int) -> float:
     """Bytes that one request's cache of `tokens` takes on a device that serves it.
 
-    Key/value heads are split over tensor as far as there are as many; a latent cache is whole on every device.
+    Key/value heads are split over tensor where it divides them; if not, and if latent, they are whole on every device.
     """
     total = 0.0
     for group in run.model.layers:
         alone = dataclasses.replace(run.model, layers=(group,))
-        shared = run.mesh.tensor if group.attention.kv_rank is None else 1
-        split = min(shared, group.attention.kv_heads)
-        total += cache_bytes(alone, tokens, value_bytes=run.cache_bytes) / split
+        heads = group.attention.kv_heads
+        here = 1.0 if group.attention.kv_rank is not None else split_heads(heads, run.mesh.tensor) / heads
+        total += cache_bytes(alone, tokens, value_bytes=run.cache_bytes) * here
     return total
 
 
 def serve_memory(run: ServeRun, target: Target) -> ServeMemory:
-    """Predict the bytes on one device: weights, the caches of its share of the requests, and the larger of a prefill's
-    and a decode step's temporaries."""
+    """Predict the bytes on one device: weights, the caches of its share of the requests, and what the engine's prefill
+    and decode need beside them. Matrices are in `run.weights`, norms, biases and routers in float32."""
     here = math.ceil(run.concurrency / run.replicas)
-    widest = max(group.feed_forward.width * group.feed_forward.num_up for group in run.model.layers)
+    vmem_bytes = target.known.vmem_bytes if target.known is not None else None
     return ServeMemory(
-        weights_bytes=weights_on_device(run) * run.weight_bytes,
+        weights_bytes=weights_here(run.model, run.mesh).num_bytes(run.weight_bytes),
         cache_bytes=here * cache_of_one(run, run.room),
-        prefill_bytes=run.prompt * (2 * LOGIT_BYTES * run.model.dim + LOGIT_BYTES * widest / run.mesh.tensor)
-        + cache_of_one(run, run.prompt),
-        logits_bytes=2.0 * LOGIT_BYTES * here * run.model.vocab / run.mesh.tensor,
+        prefill_bytes=prefill_workspace(
+            run.model,
+            run.mesh,
+            tokens=bucket_of(run.prompt, run.room),
+            cache_bytes=run.cache_bytes,
+            vmem_bytes=vmem_bytes or 0.0,
+        ),
+        decode_bytes=_decode_bytes(run, here),
         available_bytes=target.hbm_bytes,
     )
 
 
+def _decode_bytes(run: ServeRun, rows: int) -> float:
+    return decode_workspace(
+        run.model, run.mesh, rows=rows, cells=run.room, weight_bytes=run.weight_bytes, cache_bytes=run.cache_bytes
+    )
+
+
 def most_concurrency(run: ServeRun, target: Target) -> int:
-    """The most requests whose caches fit, over all devices; 0 where the weights alone do not fit.
+    """The most requests that fit at once, over all devices; 0 where not one does.
 
     Raises:
       ValueError: the target's memory is not known.
@@ -170,9 +189,12 @@ def most_concurrency(run: ServeRun, target: Target) -> int:
     memory = serve_memory(run, target)
     if memory.available_bytes is None:
         raise ValueError(f"how much memory a device of {target} has is not known.")
-    room = memory.available_bytes * USABLE - memory.weights_bytes - memory.prefill_bytes
-    each = cache_of_one(run, run.room) + 2.0 * LOGIT_BYTES * run.model.vocab / run.mesh.tensor
-    return max(0, int(room // each)) * run.replicas
+    room = memory.available_bytes * USABLE - memory.weights_bytes
+    cache, fixed = cache_of_one(run, run.room), _decode_bytes(run, 0)
+    # A prefill needs as much whatever runs beside it; a decode more for each request.
+    by_prefill = (room - memory.prefill_bytes) // cache
+    by_decode = (room - fixed) // (cache + _decode_bytes(run, 1) - fixed)
+    return max(0, int(min(by_prefill, by_decode))) * run.replicas
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,12 @@ from gcompute.plan.accuracy import Accuracy, accuracy_of
 from gcompute.plan.legal import check_mesh
 from gcompute.plan.memory import (
     OPERAND_BYTES,
-    FLOAT32_BYTES,
     optimizer_state_values,
     train_memory,
-    values_on_device,
 )
 from gcompute.plan.params import weight_arrays
 from gcompute.plan.program_memory import ProgramMemory, program_memory
+from gcompute.plan.tiling import tile_padding
 from gcompute.plan.train_step import predict_train_step
 from gcompute.plan.train_time import TrainRun, TrainTime, train_time
 
@@ -26,6 +25,7 @@ FITS, CLOSE, TOO_LARGE, SHARED = "fits", "too close to call", "does not fit", "s
 # A GPU's own memory, less what the driver and the libraries take. JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION
 # says otherwise.
 GPU_USABLE = 0.92
+TRAIN_MEMORY = "train memory, TPU compiler"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,13 @@ class TrainQuestion:
     optimizer: str = "adamw"
     residual: str = "bfloat16"
 
+    @property
+    def padding(self) -> float:
+        """What the layout of a TPU adds to the parameters; 1 for a model that the trainer has not."""
+        if self.config is None or self.target.backend != "tpu":
+            return 1.0
+        return tile_padding(self.config, self.run.mesh)
+
     def replace(self, **changes: object) -> "TrainQuestion":
         """The same question with other fields of its run."""
         return dataclasses.replace(self, run=dataclasses.replace(self.run, **changes))
@@ -49,20 +56,21 @@ class MemoryAnswer:
     """Predicted bytes on the fullest device by component, against what a program may use of it.
 
     available_bytes: None on CPU devices. accuracy: of this class of prediction; None on chips whose programs were not
-    examined. verdict: "fits" only where it would even if the prediction were too small by as much as any examined.
+    examined. low: the most by which such a prediction was too small, as a share; the verdict is "fits" only where it
+    would even then.
     """
 
     components: dict[str, float]
     total_bytes: float
     available_bytes: float | None
     accuracy: Accuracy | None
+    low: float = 0.0
 
     @property
     def verdict(self) -> str:
         if self.available_bytes is None:
             return SHARED
-        low = self.accuracy.low if self.accuracy else 0.0
-        if self.total_bytes * (1 + low) <= self.available_bytes:
+        if self.total_bytes * (1 + self.low) <= self.available_bytes:
             return FITS
         return CLOSE if self.total_bytes <= self.available_bytes else TOO_LARGE
 
@@ -138,17 +146,18 @@ def check_question(question: TrainQuestion) -> None:
 
 
 def memory_of(question: TrainQuestion) -> MemoryAnswer:
-    """Predict the memory of a question; the trainer's plain XLA attention keeps scores where no kernel does the work."""
+    """Predict the memory of a question; plain XLA attention, off TPU, keeps scores."""
     run, target = question.run, question.target
     available = target.hbm_bytes
     if target.backend == "tpu" or question.config is None:
-        predicted = program_memory(run, residual_bytes=OPERAND_BYTES[question.residual])
-        accuracy = accuracy_of("train memory, TPU compiler", memory_facts(question)) if target.backend == "tpu" else None
+        predicted = program_memory(run, residual_bytes=OPERAND_BYTES[question.residual], padding=question.padding)
+        accuracy = accuracy_of(TRAIN_MEMORY, memory_facts(question)) if target.backend == "tpu" else None
         return MemoryAnswer(
             components=_named(predicted),
             total_bytes=predicted.total_bytes,
             available_bytes=_usable(target, available),
             accuracy=accuracy,
+            low=accuracy.low if accuracy else 0.0,
         )
     remat = run.remat if isinstance(run.remat, str) else "full"
     plain = train_memory(
@@ -215,15 +224,18 @@ def answer(question: TrainQuestion) -> TrainAnswer:
     """
     check_question(question)
     run, target = question.run, question.target
-    if target.backend == "cpu":
-        return TrainAnswer(question=question, memory=memory_of(question), time=_on_cpu(question), time_accuracy=None)
-    kind = {"tpu": "train step, TPU", "gpu": "train step, GPU"}[target.backend]
+    kind = {"tpu": "train step, TPU", "gpu": "train step, GPU"}.get(target.backend)
     return TrainAnswer(
         question=question,
         memory=memory_of(question),
-        time=train_time(run, target),
-        time_accuracy=accuracy_of(kind, time_facts(run, target)),
+        time=time_of(question),
+        time_accuracy=accuracy_of(kind, time_facts(run, target)) if kind else None,
     )
+
+
+def time_of(question: TrainQuestion) -> TrainTime:
+    """Predict the step of a question: on chips by the stated efficiencies, on this machine's CPU by its own sweeps."""
+    return _on_cpu(question) if question.target.backend == "cpu" else train_time(question.run, question.target)
 
 
 def _on_cpu(question: TrainQuestion) -> TrainTime:
@@ -257,15 +269,3 @@ def _on_cpu(question: TrainQuestion) -> TrainTime:
         mfu=whole.mfu * whole.step_s / step.step_s,
         bound="compute" if step.bound == "compute" else "HBM",
     )
-
-
-def exact_arguments_bytes(question: TrainQuestion) -> float | None:
-    """Bytes of parameters and optimizer state on a device, array by array; None for a model the trainer has not."""
-    if question.config is None:
-        return None
-    arrays, mesh = weight_arrays(question.config), question.run.mesh
-    params = sum(values_on_device(array, array.num_params, mesh) for array in arrays)
-    state = sum(
-        values_on_device(array, optimizer_state_values(array, question.optimizer), mesh) for array in arrays
-    )
-    return float(FLOAT32_BYTES * (params + state))

@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from gcompute.config.architecture import Architecture
 from gcompute.config.mesh import Axis, MeshShape
@@ -123,33 +124,68 @@ def train_time(run: TrainRun, target: Target, efficiency: Efficiency | None = No
         raise ValueError(f"{target} has no figures in the catalogue: plan for a chip of it, or --on this, measured.")
     device = device_of(target.known, run.precision)
     efficiency = efficiency or efficiency_of(target.known.kind)
-    operations = train_operations(run)
-    by_kind = dict.fromkeys(("matmul", "attention", "sweep"), 0.0)
-    for one in operations:
-        by_kind[one.kind] += operation_s(one, device, efficiency)
-    work_s = sum(by_kind.values())
+    work = _work(_shape(run), device, efficiency)
     optimizer = optimizer_operation(run)
     optimizer_s = operation_s(optimizer, device, efficiency)
     links = routes(run.mesh, target)
-    found = _hidden(communication_of(run, links, tpu=target.backend == "tpu"), links, work_s, efficiency)
+    found = _hidden(communication_of(run, links, tpu=target.backend == "tpu"), links, work.seconds, efficiency)
     exposed_s = sum(one.exposed_s for one in found)
-    bubble_s = (work_s + exposed_s) * bubble(run)
-    step_s = work_s + exposed_s + bubble_s + optimizer_s
+    bubble_s = (work.seconds + exposed_s) * bubble(run)
+    step_s = work.seconds + exposed_s + bubble_s + optimizer_s
     peak = device.flops_per_s * target.num_devices
     return TrainTime(
-        operations=(*operations, optimizer),
+        operations=(*work.operations, optimizer),
         communication=found,
-        matmul_s=by_kind["matmul"],
-        attention_s=by_kind["attention"],
-        sweep_s=by_kind["sweep"],
+        matmul_s=work.matmul_s,
+        attention_s=work.attention_s,
+        sweep_s=work.sweep_s,
         exposed_s=exposed_s,
         bubble_s=bubble_s,
         optimizer_s=optimizer_s,
         step_s=step_s,
         tokens_per_s=run.tokens / step_s,
         mfu=model_flops(run.model, run.batch, run.seq) / (step_s * peak),
-        bound=_bound(operations, found, device, efficiency, bubble_s),
+        bound=_bound(work, found, bubble_s),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The operations of a step and their seconds: by kind, and by what they wait for."""
+
+    operations: tuple[Operation, ...]
+    matmul_s: float
+    attention_s: float
+    sweep_s: float
+    computing_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.matmul_s + self.attention_s + self.sweep_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What the operations of a step depend on; a search meets the same again on many meshes."""
+
+    model: Architecture
+    rows: Rows
+    seq: int
+    accumulation: int
+    stage: int
+    remat: str | tuple[str, ...]
+
+
+@lru_cache(maxsize=4096)
+def _work(shape: _Shape, device: Device, efficiency: Efficiency) -> _Work:
+    operations = _operations(shape)
+    by_kind = dict.fromkeys(("matmul", "attention", "sweep"), 0.0)
+    computing_s = 0.0
+    for one in operations:
+        seconds = operation_s(one, device, efficiency)
+        by_kind[one.kind] += seconds
+        computing_s += seconds if one.intensity >= device.ridge else 0.0
+    return _Work(operations, by_kind["matmul"], by_kind["attention"], by_kind["sweep"], computing_s)
 
 
 def model_flops(model: Architecture, batch: int, seq: int) -> float:
@@ -168,6 +204,10 @@ def model_flops(model: Architecture, batch: int, seq: int) -> float:
 
 def train_operations(run: TrainRun) -> tuple[Operation, ...]:
     """Every operation of one step on the device that has most of them, all microbatches together."""
+    return _operations(_shape(run))
+
+
+def _shape(run: TrainRun) -> _Shape:
     mesh = run.mesh
     rows = Rows(
         tokens=run.local_tokens,
@@ -179,15 +219,20 @@ def train_operations(run: TrainRun) -> tuple[Operation, ...]:
         activation_bytes=run.activation_bytes,
         weight_bytes=run.weight_bytes,
     )
+    remat = run.remat if isinstance(run.remat, str) else tuple(run.remat)
+    return _Shape(run.model, rows, run.seq, run.accumulation, mesh.stage, remat)
+
+
+def _operations(shape: _Shape) -> tuple[Operation, ...]:
     found: list[Operation] = []
-    for group in run.model.layers:
-        windowed = _averaged(rows, run.seq, group.attention.window)
-        times = run.accumulation * group.num / mesh.stage
-        forward = block_forward(run.model, group, windowed)
-        again = tuple(one.repeated(1, " again") for one in forward if recomputed(one, run.remat))
+    for group in shape.model.layers:
+        windowed = _averaged(shape.rows, shape.seq, group.attention.window)
+        times = shape.accumulation * group.num / shape.stage
+        forward = block_forward(shape.model, group, windowed)
+        again = tuple(one.repeated(1, " again") for one in forward if recomputed(one, shape.remat))
         found += [one.repeated(times) for one in (*forward, *again, *backward(forward))]
-    ends = output_forward(run.model, rows)
-    found += [one.repeated(run.accumulation) for one in (*ends, *backward(ends))]
+    ends = output_forward(shape.model, shape.rows)
+    found += [one.repeated(shape.accumulation) for one in (*ends, *backward(ends))]
     return tuple(found)
 
 
@@ -337,18 +382,9 @@ def _expert_params(model: Architecture) -> float:
     )
 
 
-def _bound(
-    operations: Iterable[Operation],
-    communication: Iterable[Communication],
-    device: Device,
-    efficiency: Efficiency,
-    bubble_s: float,
-) -> str:
+def _bound(work: _Work, communication: Iterable[Communication], bubble_s: float) -> str:
     """What takes most of the step: "compute", "HBM", the links of an axis, or "pipeline bubble"."""
-    parts = {"compute": 0.0, "HBM": 0.0, "pipeline bubble": bubble_s}
-    for one in operations:
-        seconds = operation_s(one, device, efficiency)
-        parts["compute" if one.intensity >= device.ridge else "HBM"] += seconds
+    parts = {"compute": work.computing_s, "HBM": work.seconds - work.computing_s, "pipeline bubble": bubble_s}
     for one in communication:
         name = f"{one.link}, axis {one.axis.value}"
         parts[name] = parts.get(name, 0.0) + one.exposed_s

@@ -58,4 +58,4 @@ def weight_stationary_chips(dim: float, width: float, *, axes: int = 3) -> float
     Source: scaling-book, "inference", question 7.
     """
     above_zero(dim=dim, width=width, axes=axes)
-    return 32.0 * width / dim * (axes / 4) ** 2
+    return 2.0 * axes**2 * width / dim

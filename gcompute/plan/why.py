@@ -1,15 +1,14 @@
-"""Say in words what bounds a prediction, and which one change would help most: every neighbouring choice is predicted."""
+"""Say in words what bounds a prediction, and which one change would help most: every neighbour is predicted too."""
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gcompute.config.mesh import Axis, MeshShape
+from gcompute.hardware.target import Target
 from gcompute.plan.search import REMATS
 from gcompute.plan.serving import ServeRun, critical_batch, decode_time, load_of, most_concurrency
-from gcompute.plan.train_plan import TOO_LARGE, TrainAnswer, TrainQuestion, check_question, memory_of
-from gcompute.plan.train_time import train_time
-from gcompute.hardware.target import Target
+from gcompute.plan.train_plan import TOO_LARGE, TrainAnswer, TrainQuestion, check_question, memory_of, time_of
 
 # A change that brings less is not worth a reader's time.
 LEAST_GAIN = 0.02
@@ -31,7 +30,7 @@ def best_change(found: TrainAnswer) -> Change | None:
             check_question(question)
             if memory_of(question).verdict == TOO_LARGE:
                 continue
-            gain = train_time(question.run, question.target).tokens_per_s / found.time.tokens_per_s - 1
+            gain = time_of(question).tokens_per_s / found.time.tokens_per_s - 1
         except ValueError:
             continue
         if gain > LEAST_GAIN and (best is None or gain > best.gain):
@@ -113,7 +112,9 @@ def why_serve(run: ServeRun, target: Target) -> str:
     step = decode_time(run, target, run.concurrency, run.prompt + run.output / 2)
     critical = critical_batch(run, target) * run.replicas
     most = most_concurrency(run, target)
-    words = [f"A decode step waits for {step.bound}: {run.concurrency} requests against a critical batch of {critical:,.0f}."]
+    words = [
+        f"A decode step waits for {step.bound}: {run.concurrency} requests against a critical batch of {critical:,.0f}."
+    ]
     if most == 0:
         words.append("The weights alone do not fit: use more chips on the tensor axis, or --weights int8.")
         return " ".join(words)

@@ -1,0 +1,1 @@
+"""An exam for the planner: published problems with published answers, each solved by public functions alone."""
