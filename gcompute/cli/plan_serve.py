@@ -8,6 +8,7 @@ import click
 
 from gcompute.cli.flags import SectionedCommand
 from gcompute.cli.planning import (
+    check_positive,
     checked_json,
     dollars,
     gib,
@@ -21,7 +22,7 @@ from gcompute.config.mesh import MeshShape
 from gcompute.config.models import PlannedModel, planned_model
 from gcompute.hardware.target import Target
 from gcompute.plan.accuracy import Accuracy, accuracy_of
-from gcompute.plan.pricing import Price, check_price, price_of
+from gcompute.plan.cost import Price, known_price, usd_per_million_tokens
 from gcompute.plan.serve_search import serving_meshes
 from gcompute.plan.serving import (
     STORED_BYTES,
@@ -96,7 +97,7 @@ def command(
     it fits; 1: it does not, or no load keeps the limits; 2: what was asked does not go together.
     """
     for name, value in (("--usd-per-hour", usd_per_hour), ("--slo-ttft", slo_ttft), ("--slo-tpot", slo_tpot)):
-        check_price(name, value)
+        check_positive(name, value)
     if plot and plot.suffix not in (".png", ".html"):
         raise ValueError(f"--plot {plot}: the file must end in .png or .html.")
     planned = planned_model(model)
@@ -206,7 +207,7 @@ class ServeAnswer:
         self.critical = critical_batch(run, target) * run.replicas
         self.limits = (ttft_s, tpot_s)
         self.kept = within_slo(self.loads, ttft_s=ttft_s, time_per_token_s=tpot_s)
-        self.price: Price | None = price_of(target.known, usd_per_hour=usd_per_hour, spot=spot)
+        self.price: Price | None = known_price(target.known, given=usd_per_hour, spot=spot)
         self.accuracy: Accuracy | None = None
         if target.backend == "tpu":
             self.accuracy = accuracy_of("serve memory, TPU compiler", {"chip": target.chip})
@@ -215,7 +216,7 @@ class ServeAnswer:
     def usd_per_million(self, load: Load) -> float | None:
         if self.price is None:
             return None
-        return self.price.usd_per_chip_hour * self.target.num_chips / 3600 / load.tokens_per_s * 1e6
+        return usd_per_million_tokens(self.price.usd_per_chip_hour * self.target.num_chips, load.tokens_per_s)
 
     def to_dict(self) -> dict[str, Any]:
         run = self.run
@@ -245,7 +246,7 @@ class ServeAnswer:
             "best_within_slo": self.load_json(self.kept) if self.kept else None,
             "time_accuracy": dataclasses.asdict(self.time_accuracy),
             "usd_per_chip_hour": self.price.usd_per_chip_hour if self.price else None,
-            "price_source": self.price.source if self.price else None,
+            "price_source": str(self.price) if self.price else None,
             "why": why_serve(run, self.target),
         }
 
@@ -312,7 +313,7 @@ class ServeAnswer:
         two_columns("time (predicted)", shown, console, bold="tokens/s")
         console.print(f"error of such predictions: {self.time_accuracy}.", soft_wrap=True)
         if self.price is not None:
-            console.print(f"price: {dollars(self.price.usd_per_chip_hour)} a chip-hour ({self.price.source})")
+            console.print(f"price: {dollars(self.price.usd_per_chip_hour)} a chip-hour ({self.price})")
         else:
             console.print(f"{self.target.chip} has no price in the catalogue: give --usd-per-hour.")
         self._show_curve(console)

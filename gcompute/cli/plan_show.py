@@ -11,18 +11,21 @@ from gcompute.cli.planning import count, dollars, gib, seconds, two_columns, wid
 from gcompute.config.models import PlannedModel
 from gcompute.hardware.target import Target
 from gcompute.plan.accuracy import Accuracy
+from gcompute.plan.cost import known_price, usd_per_million_tokens
 from gcompute.plan.efficiency import device_of, efficiency_of, operation_s
 from gcompute.plan.memory import OPERAND_BYTES
 from gcompute.plan.operations import Operation
-from gcompute.plan.pricing import CHINCHILLA_TOKENS_PER_PARAM, price_of
-from gcompute.plan.program_memory import largest_batch, largest_context
+from gcompute.plan.program_memory import largest_batch, largest_context, program_memory
 from gcompute.plan.search import Candidate
 from gcompute.plan.sizes import sizes
 from gcompute.plan.train_plan import CLOSE, FITS, MemoryAnswer, TrainAnswer
-from gcompute.plan.train_time import TrainTime
+from gcompute.plan.train_time import TrainTime, bubbles
 from gcompute.plan.why import why_train
 
 MOST_OPERATIONS = 12
+# What a model of its size is best trained on, where no budget is given. Source: Hoffmann et al. 2022, arXiv:2203.15556.
+TOKENS_PER_PARAM = 20
+MANY = ("", "es")
 TIME_FIELDS = tuple(
     one.name for one in dataclasses.fields(TrainTime) if one.name not in ("operations", "communication")
 )
@@ -71,6 +74,7 @@ def train_json(
             **{name: getattr(time, name) for name in TIME_FIELDS},
             "accuracy": accuracy_json(told.time_accuracy),
         },
+        "bubbles": bubbles(run),
         "communication": [
             {**dataclasses.asdict(one), "axis": one.axis.value, "exposed_s": one.exposed_s}
             for one in time.communication
@@ -118,12 +122,14 @@ def _largest(told: TrainAnswer) -> dict[str, int | None]:
     question, available = told.question, told.memory.available_bytes
     if available is None or question.target.backend != "tpu":
         return {"batch": None, "seq": None}
-    sure = available / (1 + told.memory.low)
-    residual = OPERAND_BYTES[question.residual]
-    return {
-        "batch": largest_batch(question.run, sure, residual_bytes=residual),
-        "seq": largest_context(question.run, sure, residual_bytes=residual),
-    }
+    residual, run = OPERAND_BYTES[question.residual], question.run
+    # What the layout adds hangs neither on the batch nor on the sequence.
+    tiles = told.memory.total_bytes - program_memory(run, residual_bytes=residual).total_bytes
+    sure = available / (1 + told.memory.low) - tiles
+    batch = largest_batch(run, sure, residual_bytes=residual)
+    seq = largest_context(run, sure, residual_bytes=residual)
+    # A sequence that fits may be no whole number of the steps that longer ones are tried in.
+    return {"batch": batch, "seq": max(seq, run.seq) if told.memory.verdict == FITS else seq}
 
 
 def cost_of(
@@ -132,18 +138,18 @@ def cost_of(
     """Days and dollars for a token budget; dollars are None where the chip has no price."""
     target = told.question.target
     assert target.known is not None
-    budget = tokens or CHINCHILLA_TOKENS_PER_PARAM * sizes(planned.architecture).total
-    price = price_of(target.known, usd_per_hour=usd_per_hour, spot=spot)
+    budget = tokens or TOKENS_PER_PARAM * sizes(planned.architecture).total
+    price = known_price(target.known, given=usd_per_hour, spot=spot)
     run_s = budget / told.time.tokens_per_s
     hourly = price.usd_per_chip_hour * target.num_chips if price else None
     return {
         "tokens": budget,
         "days": run_s / 86400,
         "usd_per_chip_hour": price.usd_per_chip_hour if price else None,
-        "price_source": price.source if price else None,
+        "price_source": str(price) if price else None,
         "usd_per_hour": hourly,
         "usd": hourly * run_s / 3600 if hourly else None,
-        "usd_per_million_tokens": hourly / 3600 / told.time.tokens_per_s * 1e6 if hourly else None,
+        "usd_per_million_tokens": usd_per_million_tokens(hourly, told.time.tokens_per_s) if hourly else None,
     }
 
 
@@ -164,7 +170,7 @@ def show_train(
     console.print(
         f"{planned.name} ({count(counted.total)} parameters{active}): one train step on {target}"
         f" ({target.num_devices:,} devices), mesh {run.mesh}{' (found by search)' if chosen else ''}, batch"
-        f" {run.batch:,} x {run.seq:,} in {run.accumulation} microbatch{'es' if run.accumulation > 1 else ''}, remat {run.remat},"
+        f" {run.batch:,} x {run.seq:,} in {run.accumulation} microbatch{MANY[run.accumulation > 1]}, remat {run.remat},"
         f" {run.precision}, residual {told.question.residual}, {told.question.optimizer}. Predicted.",
         soft_wrap=True,
     )
@@ -173,9 +179,9 @@ def show_train(
     show_memory(told.memory, console)
     largest = _largest(told)
     if largest["batch"] is not None:
-        console.print(
-            f"the most that surely fits: batch {largest['batch']:,} at this length, or length {largest['seq']:,}"
-        )
+        most = {"batch {:,} at this length": largest["batch"], "length {:,} at this batch": largest["seq"]}
+        fitting = " or ".join(words.format(size) for words, size in most.items() if size)
+        console.print(f"the most that surely fits: {fitting or 'nothing, on this mesh'}")
     _show_time(told, console)
     _show_communication(told, console)
     _show_operations(told, console)
@@ -188,7 +194,8 @@ def show_memory(memory: MemoryAnswer, console: Console) -> None:
     rows = {MEMORY_LABELS.get(name, name): gib(value) for name, value in memory.components.items() if value}
     rows["total"] = gib(memory.total_bytes)
     if memory.available_bytes is not None and memory.left_bytes is not None:
-        rows |= {"available": gib(memory.available_bytes), "left": gib(memory.left_bytes)}
+        rows["available"] = gib(memory.available_bytes)
+        rows["left" if memory.left_bytes >= 0 else "lacking"] = gib(abs(memory.left_bytes))
     two_columns("memory of one device (predicted)", rows, console, bold="total")
     said = f"{memory.verdict}. Error of such predictions: {memory.accuracy or 'not examined on such chips'}."
     if memory.verdict == CLOSE:
@@ -215,6 +222,9 @@ def _show_time(told: TrainAnswer, console: Console) -> None:
         "bound by": time.bound,
     }
     two_columns("time of one step (predicted)", rows, console, bold="step")
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in bubbles(told.question.run).items())
+    if shares:
+        console.print(f"bubbles by schedule, on top of the work: {shares}")
     console.print(f"error of such predictions: {told.time_accuracy or 'not examined on such chips'}.", soft_wrap=True)
 
 

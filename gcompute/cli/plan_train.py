@@ -7,14 +7,22 @@ from typing import Any
 import click
 
 from gcompute.cli.flags import SectionedCommand, config_options, given
-from gcompute.cli.planning import checked_json, known_chips, planning_target
+from gcompute.cli.planning import check_picture, check_positive, checked_json, known_chips, planning_target
 from gcompute.config.mesh import MeshShape
 from gcompute.config.models import PlannedModel, planned_model
 from gcompute.config.train import OPTIMIZERS, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from gcompute.hardware.target import Target
 from gcompute.plan.memory import OPERAND_BYTES
 from gcompute.plan.search import REMATS, Candidate, search
-from gcompute.plan.train_plan import TOO_LARGE, TrainAnswer, TrainQuestion, answer, memory_of, question_of
+from gcompute.plan.train_plan import (
+    TOO_LARGE,
+    TrainAnswer,
+    TrainQuestion,
+    answer,
+    check_devices,
+    memory_of,
+    question_of,
+)
 from gcompute.plan.train_time import TrainRun
 
 DOES_NOT_FIT = 1
@@ -82,16 +90,14 @@ def command(
     found of its class. Exit status 0: it fits; 1: it does not; 2: what was asked does not go together.
     """
     from gcompute.cli.plan_show import show_search, show_train, train_json
-    from gcompute.plan.pricing import check_price
 
     if searching and mesh:
         raise ValueError("--search chooses the mesh: leave --mesh away, or --search.")
-    check_price("--usd-per-hour", usd_per_hour)
-    check_price("--tokens", tokens)
+    check_positive("--usd-per-hour", usd_per_hour)
+    check_positive("--tokens", tokens)
     if calibrate and not target_text.strip().lower().startswith("this"):
         raise ValueError("--calibrate measures the machine at hand: use it with --on this.")
-    if plot and plot.suffix not in (".png", ".html"):
-        raise ValueError(f"--plot {plot}: the file must end in .png or .html.")
+    check_picture(plot)
     planned = planned_model(model)
     target = planning_target(target_text, known_chips(chip_file), again=calibrate)
     if prove:
@@ -101,13 +107,15 @@ def command(
     seq = values["seq"] or min(planned.architecture.context, USUAL_SEQ)
     found: tuple[Candidate, ...] = ()
     if mesh is None:
-        start = build_question(planned, target, {**values, "seq": seq, "mesh": MeshShape(data=target.num_devices)})
+        start = build_question(planned, target, {**values, "seq": seq, "mesh": MeshShape()})
         found = search(start, batch=values["batch"], accumulation=values["accumulation"], remat=values["remat"])
         if by == "cost":
             found = tuple(sorted(found, key=lambda one: (one.verdict == TOO_LARGE, -one.time.tokens_per_s)))
         question = found[0].question
     else:
-        question = _chosen(planned, target, {**values, "seq": seq, "mesh": MeshShape.parse(mesh)})
+        given_mesh = MeshShape.parse(mesh)
+        check_devices(given_mesh, target)
+        question = _chosen(planned, target, {**values, "seq": seq, "mesh": given_mesh})
     told = answer(question)
     price = {"tokens": tokens, "usd_per_hour": usd_per_hour, "spot": spot}
     proof = None

@@ -23,7 +23,7 @@ def known_chips(path: Path | None) -> Mapping[str, Chip]:
 
 
 def planning_target(text: str, chips: Mapping[str, Chip], *, again: bool = False) -> Target:
-    """The target that `text` names; "this" is the device at hand, measured (anew with `again`), "this:4" four of it.
+    """The target that `text` names; "this", or "this:1", is the device at hand, measured (anew with `again`).
 
     Raises:
       ValueError: the chip or slice does not exist, or the target is of fake devices, which have no figures.
@@ -33,15 +33,36 @@ def planning_target(text: str, chips: Mapping[str, Chip], *, again: bool = False
         from gcompute.cli.chips import measured_chip
 
         if number and (not number.isdecimal() or int(number) < 1):
-            raise ValueError(f"target {text!r} is not understood. Give a number of devices, as in this:4.")
+            raise ValueError(f"target {text!r} is not understood. Plan for --on this, the device at hand.")
+        if number and int(number) > 1:
+            raise ValueError(
+                f"target {text!r}: how fast the devices of this machine are joined was not measured. Plan for one, --on"
+                " this, or name the chip, as in h100:8."
+            )
         chip = measured_chip(again=again)
-        return Target(chip=THIS, shape=(int(number or 1),), known=chip)
+        return Target(chip=THIS, shape=(1,), known=chip)
     target = Target.parse(text, chips)
     if target.known is None:
         raise ValueError(
             f"{target} is of fake devices, which have no figures. Plan for --on this, measured, or a chip."
         )
     return target
+
+
+def check_picture(path: Path | None) -> None:
+    """Raise ValueError where a picture could not be written to `path`, before anything is worked out for it."""
+    if path is None:
+        return
+    if path.suffix not in (".png", ".html"):
+        raise ValueError(f"--plot {path}: the file must end in .png or .html.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no directory {path.absolute().parent}.")
+
+
+def check_positive(flag: str, value: float | None) -> None:
+    """Raise ValueError where a flag's number is not above 0, or not finite."""
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{flag} {value:g} must be a number above 0.")
 
 
 def checked_json(values: Any) -> str:

@@ -44,6 +44,18 @@ class Price:
     what: str
     figure: Figure | None = None
 
+    def __str__(self) -> str:
+        if self.figure is None:
+            return self.what
+        return f"{self.what}: {self.figure.source}" + (f", {self.figure.date}" if self.figure.date else "")
+
+
+def known_price(chip: Chip, *, given: float | None = None, spot: bool = False) -> Price | None:
+    """As `price_of`, but None where the catalogue has no such price and none was given."""
+    if given is None and (chip.usd_per_hour_spot if spot else chip.usd_per_hour) is None:
+        return None
+    return price_of(chip, given=given, spot=spot)
+
 
 def price_of(chip: Chip, *, given: float | None = None, spot: bool = False) -> Price:
     """The price that was given, else what the catalogue says.

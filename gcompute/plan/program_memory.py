@@ -149,7 +149,7 @@ def program_memory(
         optimizer_bytes=WIDE * state * run.state_values,
         accumulator_bytes=ACCUMULATORS * WIDE * stored if run.accumulation > 1 else 0.0,
         activations_bytes=in_flight * tokens * kept + whole_layers,
-        gradients_bytes=WIDE * stored,
+        gradients_bytes=WIDE * stored / (mesh.data if run.zero > 1 else 1),
         workspace_bytes=sum(workspace[name] * size for name, size in arrays.items() if name not in IN_LOSS),
         logits_bytes=sum(workspace[name] * arrays[name] for name in (*IN_LOSS, *ALWAYS)),
     )

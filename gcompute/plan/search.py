@@ -12,9 +12,20 @@ from dataclasses import dataclass
 from gcompute.config.architecture import Architecture
 from gcompute.config.mesh import MeshShape
 from gcompute.plan.accuracy import accuracy_of
+from gcompute.plan.links import MAY_CROSS_SLICES
 from gcompute.plan.memory import OPERAND_BYTES
 from gcompute.plan.program_memory import program_memory
-from gcompute.plan.train_plan import CLOSE, FITS, TRAIN_MEMORY, MemoryAnswer, TrainQuestion, memory_of, time_of
+from gcompute.plan.train_plan import (
+    CLOSE,
+    FITS,
+    SHARED,
+    TOO_LARGE,
+    TRAIN_MEMORY,
+    MemoryAnswer,
+    TrainQuestion,
+    memory_of,
+    time_of,
+)
 from gcompute.plan.train_time import TrainRun, TrainTime
 
 REMATS = ("none", "dots", "full")
@@ -53,50 +64,67 @@ def search(
     Raises:
       ValueError: no mesh divides the model and the batch.
     """
-    tried: list[tuple[float, TrainQuestion, MemoryAnswer]] = []
+    tried: list[tuple[TrainQuestion, MemoryAnswer]] = []
     fitting: list[tuple[TrainQuestion, MemoryAnswer]] = []
     remats = (remat,) if remat else REMATS
     low = accuracy_of(TRAIN_MEMORY, {}).low
-    for mesh in legal_meshes(question.run.model, question.target.num_devices, question.run.seq):
+    for mesh in _meshes(question):
         padding = question.replace(mesh=mesh).padding
-        for alternatives in _batches(mesh, batch, accumulation):
+        for alternatives in _batches(mesh, batch, accumulation, whole=question.run.schedule == "interleaved"):
             for policy in remats:
-                found_one = False
+                close = sure = False
                 for size, microbatches in alternatives:
                     one = question.replace(mesh=mesh, batch=size, accumulation=microbatches, remat=policy)
                     memory = _quick_memory(one, low, padding)
-                    if memory.verdict in (FITS, CLOSE) or memory.available_bytes is None:
+                    if memory.verdict in (FITS, SHARED):
                         fitting.append((one, memory))
-                        found_one = True
+                        sure = True
                         break
-                    tried.append((memory.total_bytes, one, memory))
-                if found_one and batch:
+                    # What is too close to call is shown, and what surely fits is still looked for.
+                    if memory.verdict == CLOSE and not close:
+                        fitting.append((one, memory))
+                        close = True
+                    elif memory.verdict == TOO_LARGE:
+                        tried.append((one, memory))
+                if sure and batch:
                     break
     if not fitting and not tried:
         raise ValueError(
             f"no mesh of {question.target.num_devices} devices divides the model and batch={batch}. Use another batch:"
             " a multiple of the devices always has one."
+            if question.run.chunks == 1
+            else f"no mesh of {question.target.num_devices} devices has stages that divide the model's"
+            f" {question.run.model.num_layers} layers in pipeline_chunks={question.run.chunks}, with batch={batch}."
         )
-    if not fitting:
-        nearest = sorted(tried, key=lambda one: one[0])[:20]
-        fitting = [(one, memory) for _, one, memory in nearest]
+    nearest = sorted(tried, key=lambda one: one[1].total_bytes)[:20]
     found = [
-        Candidate(
-            question=one,
-            total_bytes=memory.total_bytes,
-            verdict=memory.verdict,
-            time=time_of(one),
-        )
-        for one, memory in fitting
+        Candidate(question=one, total_bytes=memory.total_bytes, verdict=memory.verdict, time=time_of(one))
+        for one, memory in fitting or nearest
     ]
-    sure = {FITS: 0, CLOSE: 1}
+    if not fitting:
+        return tuple(found)
     # The trusted first; of equal speed, the simplest mesh and the smaller batch.
     return tuple(
         sorted(
             found,
-            key=lambda one: (sure.get(one.verdict, 2), -one.time.tokens_per_s, _axes_used(one.run.mesh), one.run.batch),
+            key=lambda one: (
+                one.verdict == CLOSE,
+                -one.time.tokens_per_s,
+                _axes_used(one.run.mesh),
+                one.run.batch,
+            ),
         )
     )
+
+
+def _meshes(question: TrainQuestion) -> Iterator[MeshShape]:
+    """The legal meshes whose stages have whole chunks, and which split over the slices of the target."""
+    run, target = question.run, question.target
+    for mesh in legal_meshes(run.model, target.num_devices, run.seq):
+        if run.chunks > 1 and (mesh.stage == 1 or run.model.num_layers % (mesh.stage * run.chunks)):
+            continue
+        if math.prod(mesh.size(axis) for axis in MAY_CROSS_SLICES) % target.slices == 0:
+            yield mesh
 
 
 def _axes_used(mesh: MeshShape) -> int:
@@ -133,7 +161,8 @@ def legal_meshes(model: Architecture, num_devices: int, seq: int) -> Iterator[Me
     for tensor in tensors:
         for expert in _divisors(math.gcd(num_devices // tensor, *experts), num_devices) if experts else (1,):
             left = num_devices // (tensor * expert)
-            for context in _divisors(math.gcd(left, seq // 2), MOST_CONTEXT):
+            # Two pieces of a sequence a device.
+            for context in _divisors(math.gcd(left, 1 if seq % 2 else seq // 2), MOST_CONTEXT):
                 for stage in _divisors(math.gcd(left // context, model.num_layers), MOST_STAGES):
                     rest = left // (context * stage)
                     for fsdp in _divisors(math.gcd(rest, model.dim), rest):
@@ -142,21 +171,28 @@ def legal_meshes(model: Architecture, num_devices: int, seq: int) -> Iterator[Me
                         )
 
 
-def _batches(mesh: MeshShape, batch: int | None, accumulation: int | None) -> Iterator[Sequence[tuple[int, int]]]:
+def _batches(
+    mesh: MeshShape, batch: int | None, accumulation: int | None, *, whole: bool
+) -> Iterator[Sequence[tuple[int, int]]]:
     """Alternatives of (batch, microbatches), of which the first that fits is the best.
 
-    With the batch given each number of microbatches is one of its own; a pipeline has at least as many as stages.
+    With the batch given each number of microbatches is one of its own; a pipeline has at least as many as stages, and
+    `whole` groups of as many.
     """
     shares = mesh.batch_shards
     if batch:
         for count in (accumulation,) if accumulation else MICROBATCHES:
-            if count >= mesh.stage and batch % (shares * count) == 0:
+            if _fills(mesh, count, whole) and batch % (shares * count) == 0:
                 yield ((batch, count),)
         return
     counts = (accumulation,) if accumulation else [mesh.stage * each for each in PER_STAGE if mesh.stage > 1] or [1]
     for count in counts:
-        if count >= mesh.stage:
+        if _fills(mesh, count, whole):
             yield [(shares * count * each, count) for each in SEQUENCES]
+
+
+def _fills(mesh: MeshShape, microbatches: int, whole: bool) -> bool:
+    return microbatches % mesh.stage == 0 if whole else microbatches >= mesh.stage
 
 
 def _divisors(number: int, most: int) -> tuple[int, ...]:

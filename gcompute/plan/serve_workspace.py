@@ -9,25 +9,32 @@ Source: libtpu 0.0.52; `gcompute/exam/compiled_serve.json` has the programs that
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from gcompute.config.architecture import Architecture, Attention, FeedForward, Layers
 from gcompute.config.mesh import MeshShape
+from gcompute.hardware.chip import Chip
 from gcompute.plan.sizes import attention_params
 
 WIDE, NARROW = 4, 2
 LANES, SUBLANES = 128, 8
 MIB = 2**20
-# A layer's scores lie twice in memory while their softmax is computed, once where VMEM has room for the other.
-SCORE_ARRAYS = 2.0
+# How often a layer's scores lie in memory while their softmax is computed, by the sides of the chip's matrix units: up to
+# FUSED_KEYS keys, and above. For a v6e (256) the compiler fuses all of the first; of the second it keeps product and
+# result, a constant as large as they to mask with, and a mask of one byte a score.
+SCORE_ARRAYS = MappingProxyType({128: (2.0, 2.0), 256: (1.0, 3.25)})
+FUSED_KEYS = 2048
+USUAL_MATRIX_DIM = 128
+# Once at most where VMEM has room for the other.
 SHARE_OF_VMEM = 0.5
 # The stream in float32, before and after a sum over devices.
 STREAMS = 2.0
 # Logits as they are, scaled, and with noise.
 LOGIT_ARRAYS = 3.0
-# What fragments, prefetched weights and small arrays take.
-REST_BYTES = 30 * MIB
-# The program itself lies in device memory, layer after layer.
-DECODE_CODE_BYTES, PREFILL_CODE_BYTES = 1.6 * MIB, 6.0 * MIB
+# The program itself lies in device memory, layer after layer, and small arrays beside it; that of a prefill grows with
+# its tokens, up to so many.
+DECODE_CODE_BYTES, PREFILL_CODE_BYTES = 2.6 * MIB, 6.5 * MIB
+TOKENS_IN_CODE = 1024
 SMALLEST_BUCKET = 16
 
 
@@ -107,35 +114,39 @@ def decode_workspace(
     - The cache again, where H does not fill the lanes: at rest S is the last dim and nothing is padded; in the loop H
       is, padded to 128, and K to its tile.
     - The projections to q, k and v, where H does: their [D, N, H] is turned to [D, N H] once a dispatch.
-    - The embedding, where D does not fill the lanes: it is turned too. Logits, code, and the rest.
+    - The embedding, where D does not fill the lanes: it is turned too. Logits, and the program.
     """
     copies = sum(group.num * _copied_cache(group, mesh.tensor, rows * cells, cache_bytes) for group in model.layers)
     turned = sum(group.num * _turned(group.attention, model.dim, mesh.tensor) for group in model.layers)
     embedding = model.vocab / mesh.tensor * padded(model.dim, LANES) if model.dim % LANES else 0.0
     logits = LOGIT_ARRAYS * WIDE * rows * model.vocab / mesh.tensor
     code = DECODE_CODE_BYTES * model.num_layers
-    return copies + weight_bytes * (turned + embedding) + logits + code + REST_BYTES
+    return copies + weight_bytes * (turned + embedding) + logits + code
 
 
 def prefill_workspace(
-    model: Architecture, mesh: MeshShape, *, tokens: int, cache_bytes: float, vmem_bytes: float
+    model: Architecture, mesh: MeshShape, *, tokens: int, cache_bytes: float, chip: Chip | None
 ) -> float:
-    """Bytes beside weights and cache while one prompt, padded to `tokens`, is read.
+    """Bytes beside weights and cache while one prompt, padded to `tokens`, is read on a device of `chip`.
 
     - The scores of one layer's heads, [N, T, T] in float32, and a mask; or what the feed-forward layer makes of all
       tokens, whichever is more; the stream in float32.
     - New keys and values of all layers: XLA puts off writing them into the cache.
     """
-    widest = max(_layer(group, model.dim, mesh, tokens, vmem_bytes) for group in model.layers)
+    widest = max(_layer(group, model.dim, mesh, tokens, chip) for group in model.layers)
     kept = sum(group.num * _padded_cache(group.attention, mesh.tensor, tokens, cache_bytes) for group in model.layers)
     streams = STREAMS * WIDE * tokens * model.dim
-    return widest + kept + streams + PREFILL_CODE_BYTES * model.num_layers + REST_BYTES
+    code = PREFILL_CODE_BYTES * min(1.0, tokens / TOKENS_IN_CODE) * model.num_layers
+    return widest + kept + streams + code
 
 
-def _layer(group: Layers, dim: int, mesh: MeshShape, tokens: int, vmem_bytes: float) -> float:
+def _layer(group: Layers, dim: int, mesh: MeshShape, tokens: int, chip: Chip | None) -> float:
     attention, fed = group.attention, group.feed_forward
     one = WIDE * attention.heads / mesh.tensor * tokens**2
-    arrays = 1.0 if one <= SHARE_OF_VMEM * vmem_bytes else SCORE_ARRAYS
+    vmem_bytes = (chip.vmem_bytes if chip is not None else None) or 0.0
+    side = (chip.matrix_dim if chip is not None else None) or USUAL_MATRIX_DIM
+    short, long = SCORE_ARRAYS.get(side, SCORE_ARRAYS[USUAL_MATRIX_DIM])
+    arrays = 1.0 if one <= SHARE_OF_VMEM * vmem_bytes else long if tokens > FUSED_KEYS else short
     mask = attention.heads / attention.kv_heads * tokens**2
     width = fed.num_up * (fed.width * fed.rows_per_token / mesh.expert + fed.shared_width) / mesh.tensor
     # What experts are given, and what they give, of all experts on every device.

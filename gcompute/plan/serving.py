@@ -158,7 +158,6 @@ def serve_memory(run: ServeRun, target: Target) -> ServeMemory:
     """Predict the bytes on one device: weights, the caches of its share of the requests, and what the engine's prefill
     and decode need beside them. Matrices are in `run.weights`, norms, biases and routers in float32."""
     here = math.ceil(run.concurrency / run.replicas)
-    vmem_bytes = target.known.vmem_bytes if target.known is not None else None
     return ServeMemory(
         weights_bytes=weights_here(run.model, run.mesh).num_bytes(run.weight_bytes),
         cache_bytes=here * cache_of_one(run, run.room),
@@ -167,7 +166,7 @@ def serve_memory(run: ServeRun, target: Target) -> ServeMemory:
             run.mesh,
             tokens=bucket_of(run.prompt, run.room),
             cache_bytes=run.cache_bytes,
-            vmem_bytes=vmem_bytes or 0.0,
+            chip=target.known,
         ),
         decode_bytes=_decode_bytes(run, here),
         available_bytes=target.hbm_bytes,

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from gcompute.config.architecture import Architecture, architecture
-from gcompute.config.mesh import Axis
+from gcompute.config.mesh import Axis, MeshShape
 from gcompute.config.model import ModelConfig
 from gcompute.config.train import RunConfig
 from gcompute.hardware.target import Target
@@ -126,14 +126,19 @@ def state_values(config: ModelConfig, optimizer: str) -> float:
     return sum(optimizer_state_values(array, optimizer) for array in arrays) / sum(a.num_params for a in arrays)
 
 
+def check_devices(mesh: MeshShape, target: Target) -> None:
+    """Raise ValueError where a mesh is not of the target's size."""
+    if mesh.num_devices != target.num_devices:
+        raise ValueError(
+            f"mesh {mesh} is of {mesh.num_devices} devices and {target} has {target.num_devices}. Give axes whose"
+            f" product is {target.num_devices}, as in --mesh fsdp={target.num_devices}, or --search."
+        )
+
+
 def check_question(question: TrainQuestion) -> None:
     """Raise ValueError where the mesh does not divide the model or the batch, or is not of the target's size."""
-    run, target = question.run, question.target
-    if run.mesh.num_devices != target.num_devices:
-        raise ValueError(
-            f"mesh {run.mesh} is of {run.mesh.num_devices} devices and {target} has {target.num_devices}. Give axes"
-            f" whose product is {target.num_devices}, as in --mesh fsdp={target.num_devices}, or --search."
-        )
+    run = question.run
+    check_devices(run.mesh, question.target)
     check_mesh(
         run.model,
         run.mesh,

@@ -20,6 +20,7 @@ from gcompute.plan.operations import Operation, Rows, backward, block_forward, o
 from gcompute.plan.sizes import feed_forward_params, sizes
 
 WIDE_BYTES = 4
+TOKEN_BYTES = 4
 # A block's last product is never recomputed: its result is not needed to differentiate the block.
 NEVER_AGAIN = "down"
 # Bytes of device memory that an update moves for each parameter: two reads of its gradient, its own read and write.
@@ -145,7 +146,7 @@ def train_time(run: TrainRun, target: Target, efficiency: Efficiency | None = No
         step_s=step_s,
         tokens_per_s=run.tokens / step_s,
         mfu=model_flops(run.model, run.batch, run.seq) / (step_s * peak),
-        bound=_bound(work, found, bubble_s),
+        bound=_bound(work, found, bubble_s, _host_s(run, target)),
     )
 
 
@@ -179,7 +180,7 @@ class _Shape:
 @lru_cache(maxsize=4096)
 def _work(shape: _Shape, device: Device, efficiency: Efficiency) -> _Work:
     operations = _operations(shape)
-    by_kind = dict.fromkeys(("matmul", "attention", "sweep"), 0.0)
+    by_kind: dict[str, float] = {"matmul": 0.0, "attention": 0.0, "sweep": 0.0}
     computing_s = 0.0
     for one in operations:
         seconds = operation_s(one, device, efficiency)
@@ -251,6 +252,17 @@ def recomputed(operation: Operation, remat: str | Collection[str]) -> bool:
         return operation.kind != "matmul"
     kept = () if remat == "full" else remat
     return operation.kind == "sweep" or operation.part not in kept
+
+
+def bubbles(run: TrainRun) -> dict[str, float]:
+    """The bubble of each schedule that this run could take, interleaved with two chunks; empty without stages."""
+    if run.mesh.stage == 1:
+        return {}
+    found = {}
+    for schedule in BUBBLES:
+        chunks = max(2, run.chunks) if schedule == "interleaved" else 1
+        found[schedule] = bubble(dataclasses.replace(run, schedule=schedule, chunks=chunks))
+    return found
 
 
 def bubble(run: TrainRun) -> float:
@@ -382,9 +394,17 @@ def _expert_params(model: Architecture) -> float:
     )
 
 
-def _bound(work: _Work, communication: Iterable[Communication], bubble_s: float) -> str:
-    """What takes most of the step: "compute", "HBM", the links of an axis, or "pipeline bubble"."""
+def _host_s(run: TrainRun, target: Target) -> float:
+    """Seconds to bring a step's tokens and targets from the host to one device; 0 where its bus is not known."""
+    if target.known is None or target.known.pcie_bytes_per_s is None:
+        return 0.0
+    return 2 * TOKEN_BYTES * run.accumulation * run.local_tokens / target.known.pcie_bytes_per_s
+
+
+def _bound(work: _Work, communication: Iterable[Communication], bubble_s: float, host_s: float) -> str:
+    """What takes most of the step: "compute", "HBM", the links of an axis, "pipeline bubble" or "host"."""
     parts = {"compute": work.computing_s, "HBM": work.seconds - work.computing_s, "pipeline bubble": bubble_s}
+    parts["host"] = host_s
     for one in communication:
         name = f"{one.link}, axis {one.axis.value}"
         parts[name] = parts.get(name, 0.0) + one.exposed_s

@@ -8,7 +8,16 @@ from gcompute.config.mesh import Axis, MeshShape
 from gcompute.hardware.target import Target
 from gcompute.plan.search import REMATS
 from gcompute.plan.serving import ServeRun, critical_batch, decode_time, load_of, most_concurrency
-from gcompute.plan.train_plan import TOO_LARGE, TrainAnswer, TrainQuestion, check_question, memory_of, time_of
+from gcompute.plan.train_plan import (
+    CLOSE,
+    FITS,
+    TOO_LARGE,
+    TrainAnswer,
+    TrainQuestion,
+    check_question,
+    memory_of,
+    time_of,
+)
 
 # A change that brings less is not worth a reader's time.
 LEAST_GAIN = 0.02
@@ -16,25 +25,35 @@ LEAST_GAIN = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A choice that differs in one thing, and the tokens a second it would have against now, less 1."""
+    """A choice that differs in one thing, and the tokens a second it would have against now, less 1.
+
+    question: what it makes of the question that was answered.
+    """
 
     what: str
     gain: float
+    question: TrainQuestion
 
 
 def best_change(found: TrainAnswer) -> Change | None:
-    """The change of one thing that fits and brings most tokens a second; None where none brings `LEAST_GAIN`."""
+    """The change of one thing that fits and brings most tokens a second; None where none brings `LEAST_GAIN`.
+
+    What surely fits is left for nothing less sure. Where it does not fit, whatever does is a gain.
+    """
     best: Change | None = None
+    verdict = found.memory.verdict
+    refused = {TOO_LARGE, CLOSE} if verdict == FITS else {TOO_LARGE}
+    least = -1.0 if verdict == TOO_LARGE else LEAST_GAIN
     for what, question in _neighbours(found.question):
         try:
             check_question(question)
-            if memory_of(question).verdict == TOO_LARGE:
+            if memory_of(question).verdict in refused:
                 continue
             gain = time_of(question).tokens_per_s / found.time.tokens_per_s - 1
         except ValueError:
             continue
-        if gain > LEAST_GAIN and (best is None or gain > best.gain):
-            best = Change(what=what, gain=gain)
+        if gain > least and (best is None or gain > best.gain):
+            best = Change(what=what, gain=gain, question=question)
     return best
 
 
@@ -46,6 +65,9 @@ def _neighbours(question: TrainQuestion) -> Iterator[tuple[str, TrainQuestion]]:
             yield f"--remat {remat}", question.replace(remat=remat)
     for times in (2, 4):
         yield f"--batch {times * run.batch}", question.replace(batch=times * run.batch)
+        if run.batch % times == 0:
+            yield f"--batch {run.batch // times}", question.replace(batch=run.batch // times)
+        yield f"--accumulation {times * run.accumulation}", question.replace(accumulation=times * run.accumulation)
     if mesh.stage > 1:
         for times in (2, 4):
             more = times * run.accumulation
@@ -53,9 +75,9 @@ def _neighbours(question: TrainQuestion) -> Iterator[tuple[str, TrainQuestion]]:
                 f"--batch {times * run.batch} in {more} microbatches",
                 question.replace(batch=times * run.batch, accumulation=more),
             )
-            yield f"--accumulation {more}", question.replace(accumulation=more)
         if run.schedule != "zero-bubble":
-            yield "--pipeline-schedule zero-bubble", question.replace(schedule="zero-bubble", chunks=1)
+            chunks = " --pipeline-chunks 1" if run.chunks > 1 else ""
+            yield f"--pipeline-schedule zero-bubble{chunks}", question.replace(schedule="zero-bubble", chunks=1)
     if run.accumulation > 1 and mesh.stage == 1:
         yield f"--accumulation {run.accumulation // 2}", question.replace(accumulation=run.accumulation // 2)
     for source in Axis:
@@ -97,9 +119,12 @@ def why_train(found: TrainAnswer) -> str:
     if memory.verdict == TOO_LARGE and memory.available_bytes:
         over = memory.total_bytes / memory.available_bytes
         largest = max(memory.components, key=lambda name: memory.components[name])
-        words.append(f"Memory is {over:.2f} times what a device has; {largest} take most of it.")
+        words.append(f"Memory is {over:.2f} times what a device has; most of it is for {largest}.")
     change = best_change(found)
-    if change is None:
+    if memory.verdict == TOO_LARGE:
+        fits = f"It would fit with {change.what}, {change.gain:+.0%} tokens a second (predicted)." if change else ""
+        words.append(fits or "No single change of mesh, batch, microbatches or rematerialisation makes it fit.")
+    elif change is None:
         words.append("No single change of mesh, batch, microbatches or rematerialisation brings 2% more.")
     else:
         words.append(f"What would help most: {change.what}, {change.gain:+.0%} tokens a second (predicted).")
@@ -116,7 +141,8 @@ def why_serve(run: ServeRun, target: Target) -> str:
         f"A decode step waits for {step.bound}: {run.concurrency} requests against a critical batch of {critical:,.0f}."
     ]
     if most == 0:
-        words.append("The weights alone do not fit: use more chips on the tensor axis, or --weights int8.")
+        narrower = "" if run.weight_bytes == 1 else ", or --weights int8"
+        words.append(f"Not one request fits: use more chips on the tensor axis{narrower}.")
         return " ".join(words)
     changes = {}
     for what, other in _serve_neighbours(run, most):

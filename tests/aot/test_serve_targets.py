@@ -21,8 +21,10 @@ pytestmark = [
 
 def test_prefill_and_decode_compile_and_need_what_is_predicted():
     done = subprocess.run(
-        [sys.executable, "-m", "gcompute", "compile", "serve", "llama-100m", "--on", "v5e:2x2"]
-        + ["--mesh", "data=2,tensor=2", "--slots", "4", "--context", "1024", "--prompt", "256", "--json"],
+        [
+            *(sys.executable, "-m", "gcompute", "compile", "serve", "llama-100m", "--on", "v5e:2x2"),
+            *("--mesh", "data=2,tensor=2", "--slots", "64", "--context", "2048", "--prompt", "512", "--json"),
+        ],
         capture_output=True,
         text=True,
         timeout=600,
@@ -33,10 +35,10 @@ def test_prefill_and_decode_compile_and_need_what_is_predicted():
     run = ServeRun(
         model=architecture(PRESETS["llama-100m"]),
         mesh=MeshShape(data=2, tensor=2),
-        prompt=256,
+        prompt=512,
         output=1,
-        context=1024,
-        concurrency=4,
+        context=2048,
+        concurrency=64,
     )
     predicted = serve_memory(run, Target.parse("v5e:2x2"))
     for program in ("prefill", "decode"):
@@ -45,6 +47,6 @@ def test_prefill_and_decode_compile_and_need_what_is_predicted():
         # The state takes its own place, and no cache goes from one device to another.
         assert report["memory"]["aliased_bytes"] == pytest.approx(predicted.cache_bytes, rel=1e-3)
         assert report["memory"]["arguments_bytes"] == pytest.approx(predicted.arguments_bytes, rel=1e-3)
-        assert report["needed_bytes"] == pytest.approx(predicted.program_bytes(program), rel=0.25)
+        assert report["needed_bytes"] == pytest.approx(predicted.program_bytes(program), rel=0.15), program
         gathered = [one["sent_bytes"] for one in report["collectives"] if one["kind"] != "all-reduce"]
         assert sum(gathered) < predicted.cache_bytes / (2 * 12)

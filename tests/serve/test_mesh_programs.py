@@ -1,7 +1,7 @@
 """Prefill and decode on a mesh of fake devices: the tokens and the cache of one device."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from gcompute.serve.programs import NO_TOKEN, EngineShape, admission, decode, em
 from gcompute.serve.request import Request, Sampling
 
 SLOTS, CONTEXT, BUCKET, STEPS = 4, 32, 16, 5
+EXECUTION = Execution(compute=jnp.float32, unroll=2)
 DENSE = ModelConfig(vocab=64, layers=2, dim=32, heads=8, kv_heads=4, ffn=64, context=CONTEXT, tied=False)
 MODELS = {
     "dense": DENSE,
@@ -69,9 +70,6 @@ def arguments(config: ModelConfig):
     return serving_params(params, config, jnp.float32), empty_state(shape), admitted, decoded
 
 
-EXECUTION = Execution(compute=jnp.float32, unroll=2)
-
-
 def serve(run_prefill, run_decode, config: ModelConfig):
     """Three prefills, the last of which shares its data shard with an empty slot, then two decodes."""
     params, state, admitted, decoded = arguments(config)
@@ -85,7 +83,9 @@ def serve(run_prefill, run_decode, config: ModelConfig):
     return firsts, np.concatenate(rows, axis=1), state
 
 
-def on_one_device(config: ModelConfig):
+@cache
+def on_one_device(name: str):
+    config = MODELS[name]
     static = {"model": config, "execution": EXECUTION}
     return serve(
         jax.jit(partial(prefill, **static)),
@@ -118,7 +118,7 @@ def test_a_mesh_serves_what_one_device_does(name: str, text: str):
     mesh = build_mesh(MeshShape.parse(text))
     programs = [compile_on(mesh, config, program) for program in ("prefill", "decode")]
     firsts, tokens_BN, state = serve(*map(placed, programs), config)
-    expected_firsts, expected_BN, expected = on_one_device(config)
+    expected_firsts, expected_BN, expected = on_one_device(name)
     assert firsts == expected_firsts
     np.testing.assert_array_equal(tokens_BN, expected_BN)
     assert (expected_BN[: len(PROMPTS)] >= 0).all()
