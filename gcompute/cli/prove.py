@@ -1,5 +1,7 @@
 """Hold a prediction against the target's own compiler: memory part by part, collectives axis by axis."""
 
+import dataclasses
+import math
 from typing import Any
 
 from rich.console import Console
@@ -7,16 +9,18 @@ from rich.table import Table
 
 from gcompute.aot.target import check_installed, compile_target
 from gcompute.cli.compile import compile_elsewhere
-from gcompute.cli.planning import gib, seconds, wide_console
+from gcompute.cli.planning import THIS, gib, seconds, wide_console
+from gcompute.config.fields import to_plain
 from gcompute.config.mesh import Axis
 from gcompute.config.models import PlannedModel
+from gcompute.config.serve import ServeConfig
 from gcompute.config.train import RunConfig
 from gcompute.hardware.target import Target
 from gcompute.plan.serving import ServeRun, serve_memory
 from gcompute.plan.train_plan import TrainAnswer
 from gcompute.plan.train_time import Communication
 
-THIS = "this"
+PROGRAMS = ("prefill", "decode")
 COMPILERS = {"tpu": "the TPU compiler", "gpu": "XLA's GPU compiler", "cpu": "XLA's CPU compiler"}
 
 
@@ -177,5 +181,31 @@ def check_provable_serve(planned: PlannedModel, run: ServeRun, target: Target) -
 def prove_serve(planned: PlannedModel, run: ServeRun, target: Target) -> dict[str, Any]:
     """Compile the engine's prefill and decode for these requests; predicted and compiled side by side."""
     compiled = check_provable_serve(planned, run, target)
-    assert planned.trainable is not None
-    raise NotImplementedError(str(serve_memory(run, compiled)))
+    config = planned.trainable
+    assert config is not None
+    if run.room > config.context:
+        config = dataclasses.replace(config, context=run.room)
+    slots = math.ceil(run.concurrency / run.replicas) * run.replicas
+    request = {
+        "kind": "serve",
+        "target": str(compiled),
+        "model": to_plain(config),
+        "mesh": str(run.mesh),
+        "programs": PROGRAMS,
+        "slots": slots,
+        "context": run.room,
+        "prompt": run.prompt,
+        "precision": run.compute,
+        "decode_steps": ServeConfig().decode_steps,
+        "hlo": None,
+    }
+    report = compile_elsewhere(request, compiled)
+    memory = serve_memory(dataclasses.replace(run, concurrency=slots), compiled)
+    programs = [
+        {
+            "name": name,
+            **_proof(report["programs"][name], compiled, memory.arguments_bytes, memory.program_bytes(name), []),
+        }
+        for name in PROGRAMS
+    ]
+    return {"fits": report["fits"], "programs": programs}

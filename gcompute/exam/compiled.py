@@ -1,4 +1,4 @@
-"""Programs that the TPU compiler compiled, as the planner is asked about them, and the bytes that it said they need."""
+"""Programs that the real compilers compiled, as the planner is asked about them, and the bytes that they need."""
 
 import dataclasses
 import json
@@ -25,6 +25,7 @@ class CompiledTrain:
     """One train step: what was compiled, and the compiler's bytes of one device. fits: whether it let it."""
 
     name: str
+    model: str
     run: RunConfig
     target: Target
     accumulation: int
@@ -64,6 +65,7 @@ def _record(one: dict[str, Any]) -> CompiledTrain:
     optimizer = OptimizerConfig(optimizer=one["optimizer"])
     changed = " changed" if one.get("changes") else ""
     return CompiledTrain(
+        model=f"{one['model']} {one.get('changes', '')}",
         name=f"{one['model']}{changed} on {one['target']}, {one['mesh']}, {one['batch']} x {one['seq']}, remat"
         f" {one['remat']}",
         run=RunConfig(model=config, optimizer=optimizer, train=train, data=DataConfig()),

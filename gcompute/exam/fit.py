@@ -177,6 +177,17 @@ def fit_workspace(compiled: Sequence[CompiledTrain], start: Mapping[str, float])
     return best
 
 
+def workspace_errors(compiled: Sequence[CompiledTrain], start: Mapping[str, float]) -> list[float]:
+    """predicted / compiled - 1 of each program by a workspace fitted without all programs of its model."""
+    found: dict[int, float] = {}
+    for model in {one.model for one in compiled}:
+        workspace = fit_workspace([one for one in compiled if one.model != model], start)
+        for index, one in enumerate(compiled):
+            if one.model == model:
+                found[index] = one.predicted(workspace).total_bytes / one.needed_bytes - 1
+    return [found[index] for index in range(len(compiled))]
+
+
 def main() -> None:
     """Print the fitted efficiencies of each kind of chip, and the fitted workspace."""
     for kind in ("tpu", "gpu"):
@@ -186,11 +197,13 @@ def main() -> None:
         print(kind, {name: float(f"{getattr(found, name):.3g}") for name in BOUNDS})
         size = np.abs(errors)
         print(f"  {len(runs)} runs, left out: median {np.median(size):.1%}, worst {size.max():.1%}")
-    compiled = compiled_train()
+    compiled = [one for one in compiled_train() if one.target.backend == "tpu"]
     workspace = fit_workspace(compiled, WORKSPACE)
     errors = [one.predicted(workspace).total_bytes / one.needed_bytes - 1 for one in compiled]
     print({name: float(f"{value:.3g}") for name, value in workspace.items()})
     print(f"  {len(compiled)} programs: median {np.median(np.abs(errors)):.1%}, worst {np.abs(errors).max():.1%}")
+    without = np.abs(workspace_errors(compiled, workspace))
+    print(f"  each model left out: median {np.median(without):.1%}, worst {without.max():.1%}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ ADAFACTOR_SMALLEST_DIM = 128
 # Arrays of D that differentiating a norm keeps: its input (centred), the normalised input, and the scaled result.
 NORM_KEEPS = 3
 MASK_BYTES = 5
+# Of the arrays that a block's gradient works with, what XLA:GPU has at once, fitted to its totals (jax 0.10.2).
+FUSED_WORKSPACE = 0.65
 # Several times what keeps a matmul busy, and little beside a model whose vocabulary makes it matter.
 LOGITS_BYTES = 2**29
 
@@ -69,6 +71,7 @@ def train_memory(
     remat: str = "none",
     mesh: MeshShape | None = None,
     residual: str = "float32",
+    fuses_mask: bool = False,
 ) -> TrainMemory:
     """Predict the bytes that one train step needs on the fullest device. A prediction from formulae.
 
@@ -83,6 +86,8 @@ def train_memory(
     - workspace: 4 t times the larger of two arrays of scores and (matrices up + 1) of F for each of `rows_per_token`,
       the gradients at the widest place of a block, and with remat what a block keeps without it, recomputed.
     - logits: t 8 V / `loss_chunks`: float32 exponentials, and the gradient.
+
+    fuses_mask: as XLA does for GPUs, which then has no mask in memory, and of the workspace `FUSED_WORKSPACE`.
 
     It describes blocks run by a scan. With the blocks unrolled, remat saves nothing under XLA on CPU (jax 0.10.2).
 
@@ -118,8 +123,9 @@ def train_memory(
         for policy in REMAT_POLICIES
     }
     final_norm_bytes = local_tokens * FLOAT32_BYTES * NORM_KEEPS * config.dim
-    mask_bytes = local_tokens * MASK_BYTES * heads * seq
+    mask_bytes = 0 if fuses_mask else local_tokens * MASK_BYTES * heads * seq
     gradients_here = max(2 * heads * seq, math.ceil((num_up_matrices(config) + 1) * ffn * rows_per_token(config, seq)))
+    workspace_bytes = FLOAT32_BYTES * local_tokens * gradients_here + (kept_bytes["none"] if remat != "none" else 0)
     return TrainMemory(
         parameters_bytes=FLOAT32_BYTES * num_params,
         gradients_bytes=FLOAT32_BYTES * num_params,
@@ -127,7 +133,7 @@ def train_memory(
         optimizer_bytes=FLOAT32_BYTES * num_state,
         compute_copies_bytes=compute_copies_bytes(arrays, operand=operand, mesh=mesh, tied=config.tied),
         activations_bytes=in_flight * layers_here * kept_bytes[remat] + final_norm_bytes + mask_bytes,
-        workspace_bytes=FLOAT32_BYTES * local_tokens * gradients_here + (kept_bytes["none"] if remat != "none" else 0),
+        workspace_bytes=math.ceil(workspace_bytes * (FUSED_WORKSPACE if fuses_mask else 1)),
         logits_bytes=2 * FLOAT32_BYTES * local_tokens * vocab // loss_chunks(local_tokens, vocab),
     )
 

@@ -67,7 +67,7 @@ def search(
     tried: list[tuple[TrainQuestion, MemoryAnswer]] = []
     fitting: list[tuple[TrainQuestion, MemoryAnswer]] = []
     remats = (remat,) if remat else REMATS
-    low = accuracy_of(TRAIN_MEMORY, {}).low
+    low = accuracy_of(TRAIN_MEMORY["tpu"], {}).low
     for mesh in _meshes(question):
         padding = question.replace(mesh=mesh).padding
         for alternatives in _batches(mesh, batch, accumulation, whole=question.run.schedule == "interleaved"):

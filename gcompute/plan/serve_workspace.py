@@ -19,9 +19,9 @@ from gcompute.plan.sizes import attention_params
 WIDE, NARROW = 4, 2
 LANES, SUBLANES = 128, 8
 MIB = 2**20
-# How often a layer's scores lie in memory while their softmax is computed, by the sides of the chip's matrix units: up to
-# FUSED_KEYS keys, and above. For a v6e (256) the compiler fuses all of the first; of the second it keeps product and
-# result, a constant as large as they to mask with, and a mask of one byte a score.
+# How often a layer's scores lie in memory while their softmax is computed, by the sides of the chip's matrix units: for
+# at most FUSED_KEYS keys, and for more. For a v6e (256) the compiler fuses all of the first; of the second it keeps
+# product and result, a constant as large as they are to mask with, and a mask of one byte a score.
 SCORE_ARRAYS = MappingProxyType({128: (2.0, 2.0), 256: (1.0, 3.25)})
 FUSED_KEYS = 2048
 USUAL_MATRIX_DIM = 128

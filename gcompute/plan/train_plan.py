@@ -25,7 +25,7 @@ FITS, CLOSE, TOO_LARGE, SHARED = "fits", "too close to call", "does not fit", "s
 # A GPU's own memory, less what the driver and the libraries take. JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION
 # says otherwise.
 GPU_USABLE = 0.92
-TRAIN_MEMORY = "train memory, TPU compiler"
+TRAIN_MEMORY = {"tpu": "train memory, TPU compiler", "gpu": "train memory, GPU compiler"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,33 +153,33 @@ def check_question(question: TrainQuestion) -> None:
 def memory_of(question: TrainQuestion) -> MemoryAnswer:
     """Predict the memory of a question; plain XLA attention, off TPU, keeps scores."""
     run, target = question.run, question.target
-    available = target.hbm_bytes
+    kind = TRAIN_MEMORY.get(target.backend) if question.config or target.backend == "tpu" else None
+    accuracy = accuracy_of(kind, memory_facts(question)) if kind else None
     if target.backend == "tpu" or question.config is None:
-        predicted = program_memory(run, residual_bytes=OPERAND_BYTES[question.residual], padding=question.padding)
-        accuracy = accuracy_of(TRAIN_MEMORY, memory_facts(question)) if target.backend == "tpu" else None
-        return MemoryAnswer(
-            components=_named(predicted),
-            total_bytes=predicted.total_bytes,
-            available_bytes=_usable(target, available),
-            accuracy=accuracy,
-            low=accuracy.low if accuracy else 0.0,
+        residual = OPERAND_BYTES[question.residual]
+        predicted = program_memory(run, residual_bytes=residual, padding=question.padding)
+        components, total = _named(predicted), predicted.total_bytes
+    else:
+        plain = train_memory(
+            question.config,
+            batch=run.batch,
+            seq=run.seq,
+            accumulation=run.accumulation,
+            optimizer=question.optimizer,
+            precision=run.precision,
+            remat=run.remat if isinstance(run.remat, str) else "full",
+            mesh=run.mesh,
+            residual=question.residual,
+            fuses_mask=target.backend == "gpu",
         )
-    remat = run.remat if isinstance(run.remat, str) else "full"
-    plain = train_memory(
-        question.config,
-        batch=run.batch,
-        seq=run.seq,
-        accumulation=run.accumulation,
-        optimizer=question.optimizer,
-        precision=run.precision,
-        remat=remat,
-        mesh=run.mesh,
-        residual=question.residual,
-    )
-    components = {name.removesuffix("_bytes"): float(value) for name, value in plain.to_dict().items()}
-    total = components.pop("total")
+        components = {name.removesuffix("_bytes"): float(value) for name, value in plain.to_dict().items()}
+        total = components.pop("total")
     return MemoryAnswer(
-        components=components, total_bytes=total, available_bytes=_usable(target, available), accuracy=None
+        components=components,
+        total_bytes=total,
+        available_bytes=_usable(target, target.hbm_bytes),
+        accuracy=accuracy,
+        low=accuracy.low if accuracy else 0.0,
     )
 
 

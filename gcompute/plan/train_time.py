@@ -17,7 +17,7 @@ from gcompute.plan.collectives import Route, all_gather_s, all_reduce_s, all_to_
 from gcompute.plan.efficiency import Device, Efficiency, device_of, efficiency_of, operation_s
 from gcompute.plan.links import routes
 from gcompute.plan.operations import Operation, Rows, backward, block_forward, output_forward
-from gcompute.plan.sizes import feed_forward_params, sizes
+from gcompute.plan.sizes import attention_params, feed_forward_params, sizes
 
 WIDE_BYTES = 4
 TOKEN_BYTES = 4
@@ -276,18 +276,30 @@ def bubble(run: TrainRun) -> float:
 
 
 def params_on_device(run: TrainRun) -> tuple[float, float]:
-    """(parameters that a device stores, those of its layers that it multiplies by after fsdp has gathered them)."""
+    """(parameters that a device stores, those of its layers that it multiplies by after fsdp has gathered them).
+
+    As `parallel.rules` has it: tensor splits heads, feed-forward and vocabulary, stage the layers, expert the experts
+    and their columns of the router, fsdp whatever has a dim D.
+    """
     mesh, model = run.mesh, run.model
-    counted = sizes(model)
-    experts = sum(
-        group.num * group.feed_forward.experts * (group.feed_forward.num_up + 1) * model.dim * group.feed_forward.width
-        for group in model.layers
-        if group.feed_forward.experts
-    )
+    norm = model.dim * (2 if model.norm_bias else 1)
     ends = model.vocab * model.dim * (1 if model.tied else 2)
-    blocks = counted.total - ends
-    used = (experts / mesh.expert + blocks - experts) / (mesh.tensor * mesh.stage) + ends / mesh.tensor
-    return used / mesh.fsdp, used
+    with_dim = ends / mesh.tensor + norm + (model.context * model.dim if model.learned_positions else 0)
+    without = model.vocab / mesh.tensor if model.head_bias else 0.0
+    for group in model.layers:
+        attention, fed, here = group.attention, group.feed_forward, group.num / mesh.stage
+        matrices, vectors = attention_params(attention, model.dim)
+        matrices += (fed.num_up + 1) * model.dim * ((fed.width if fed.experts is None else 0) + fed.shared_width)
+        of_heads = attention.heads * attention.head_dim
+        of_heads += attention.kv_heads * (attention.head_dim + attention.value_size)
+        split = (of_heads if attention.bias else 0) + (fed.num_up * fed.width if fed.bias else 0)
+        biases = (model.dim if attention.output_bias else 0) + (model.dim if fed.bias else 0)
+        rest = vectors - (of_heads if attention.bias else 0) - (model.dim if attention.output_bias else 0)
+        experts = (fed.experts or 0) / mesh.expert * model.dim
+        mixture = experts * ((fed.num_up + 1) * fed.width / mesh.tensor + 1)
+        with_dim += here * (matrices / mesh.tensor + mixture + biases + model.norms_per_layer * norm)
+        without += here * (split / mesh.tensor + rest)
+    return with_dim / mesh.fsdp + without, with_dim + without
 
 
 def optimizer_operation(run: TrainRun) -> Operation:
