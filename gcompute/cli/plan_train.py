@@ -90,6 +90,7 @@ def command(
     found of its class. Exit status 0: it fits; 1: it does not; 2: what was asked does not go together.
     """
     from gcompute.cli.plan_show import show_search, show_train, train_json
+    from gcompute.plan.cost import known_price
 
     if searching and mesh:
         raise ValueError("--search chooses the mesh: leave --mesh away, or --search.")
@@ -100,6 +101,9 @@ def command(
     check_picture(plot)
     planned = planned_model(model)
     target = planning_target(target_text, known_chips(chip_file), again=calibrate)
+    assert target.known is not None
+    # A price that makes no sense is refused before anything is printed.
+    known_price(target.known, given=usd_per_hour, spot=spot)
     if prove:
         from gcompute.cli.prove import check_provable
 

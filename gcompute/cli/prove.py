@@ -105,20 +105,21 @@ def _sent_bytes(one: Communication, size: int) -> float:
 
 
 def _collectives(report: dict[str, Any], expected: list[tuple[str, str, float]]) -> list[dict[str, Any]]:
-    """For each axis what was expected and what the compiled program has."""
+    """For each axis what was expected and what the compiled program has: runs of each kind, and bytes sent."""
     found: dict[str, dict[str, Any]] = {}
+
+    def row(axis: str) -> dict[str, Any]:
+        return found.setdefault(axis, {"expected": [], "expected_bytes": 0.0, "found": {}, "found_bytes": 0.0})
+
     for axis, what, sent in expected:
-        row = found.setdefault(axis, {"expected": [], "expected_bytes": 0.0, "found": [], "found_bytes": 0.0})
-        row["expected"].append(what)
-        row["expected_bytes"] += sent
+        row(axis)["expected"].append(what)
+        row(axis)["expected_bytes"] += sent
     for one in report["collectives"]:
-        axes = one["axes"] or ["parts of axes"]
-        name = "+".join(axes)
-        row = found.setdefault(name, {"expected": [], "expected_bytes": 0.0, "found": [], "found_bytes": 0.0})
-        row["found"].append(f"{one['kind']} {one['runs']}")
-        row["found_bytes"] += one["sent_bytes"]
+        here = row("+".join(one["axes"] or ["parts of axes"]))
+        here["found"][one["kind"]] = here["found"].get(one["kind"], 0) + one["runs"]
+        here["found_bytes"] += one["sent_bytes"]
     order = {axis.value: index for index, axis in enumerate(Axis)}
-    return [{"axis": axis, **row} for axis, row in sorted(found.items(), key=lambda item: order.get(item[0], 99))]
+    return [{"axis": axis, **here} for axis, here in sorted(found.items(), key=lambda item: order.get(item[0], 99))]
 
 
 def show_proof(proof: dict[str, Any]) -> None:
@@ -161,7 +162,7 @@ def _show_collectives(rows: list[dict[str, Any]], console: Console) -> None:
         table.add_row(
             row["axis"],
             ", ".join(row["expected"]) or "-",
-            ", ".join(row["found"]) or "-",
+            ", ".join(f"{kind} {runs:,}" for kind, runs in row["found"].items()) or "-",
             gib(row["expected_bytes"]),
             gib(row["found_bytes"]),
         )

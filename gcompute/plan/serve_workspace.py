@@ -25,7 +25,8 @@ MIB = 2**20
 SCORE_ARRAYS = MappingProxyType({128: (2.0, 2.0), 256: (1.0, 3.25)})
 FUSED_KEYS = 2048
 USUAL_MATRIX_DIM = 128
-# Once at most where VMEM has room for the other.
+# They lie there once where VMEM has room for the other, and where a device has one key/value head: a product without a
+# batch of heads is fused with all of its softmax.
 SHARE_OF_VMEM = 0.5
 # The stream in float32, before and after a sum over devices.
 STREAMS = 2.0
@@ -146,7 +147,8 @@ def _layer(group: Layers, dim: int, mesh: MeshShape, tokens: int, chip: Chip | N
     vmem_bytes = (chip.vmem_bytes if chip is not None else None) or 0.0
     side = (chip.matrix_dim if chip is not None else None) or USUAL_MATRIX_DIM
     short, long = SCORE_ARRAYS.get(side, SCORE_ARRAYS[USUAL_MATRIX_DIM])
-    arrays = 1.0 if one <= SHARE_OF_VMEM * vmem_bytes else long if tokens > FUSED_KEYS else short
+    once = one <= SHARE_OF_VMEM * vmem_bytes or split_heads(attention.kv_heads, mesh.tensor) == 1
+    arrays = 1.0 if once else long if tokens > FUSED_KEYS else short
     mask = attention.heads / attention.kv_heads * tokens**2
     width = fed.num_up * (fed.width * fed.rows_per_token / mesh.expert + fed.shared_width) / mesh.tensor
     # What experts are given, and what they give, of all experts on every device.
