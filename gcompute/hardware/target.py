@@ -18,6 +18,9 @@ CPU = "cpu"
 CORES_IN_NAME = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2, "v7x": 2}
 # GPUs that NVLink does not join sit by so many on the PCIe switch of a host.
 PCIE_HOST_CHIPS = 8
+# Of a GPU's memory, less what the driver and the libraries take. JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION
+# says otherwise.
+GPU_USABLE = 0.92
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +83,12 @@ class Target:
 
     @property
     def hbm_bytes(self) -> int | None:
-        """What a program may use of one device: the compiler's figure, else the nominal one; None on CPU devices,
-        which share the machine's memory."""
+        """What a program may use of one device: the compiler's figure, else a share of the nominal one; None on CPU
+        devices, which share the machine's memory."""
         if self.known is None:
             return None
-        return int(self.known.usable_hbm_bytes or self.known.hbm_bytes / self.known.devices_per_chip)
+        share = GPU_USABLE if self.known.kind == "gpu" else 1.0
+        return int(self.known.usable_hbm_bytes or share * self.known.hbm_bytes / self.known.devices_per_chip)
 
     @property
     def domain_devices(self) -> int:

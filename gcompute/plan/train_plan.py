@@ -22,9 +22,6 @@ from gcompute.plan.train_step import predict_train_step
 from gcompute.plan.train_time import TrainRun, TrainTime, train_time
 
 FITS, CLOSE, TOO_LARGE, SHARED = "fits", "too close to call", "does not fit", "shares the machine's memory"
-# A GPU's own memory, less what the driver and the libraries take. JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION
-# says otherwise.
-GPU_USABLE = 0.92
 TRAIN_MEMORY = {"tpu": "train memory, TPU compiler", "gpu": "train memory, GPU compiler"}
 
 
@@ -177,14 +174,10 @@ def memory_of(question: TrainQuestion) -> MemoryAnswer:
     return MemoryAnswer(
         components=components,
         total_bytes=total,
-        available_bytes=_usable(target, target.hbm_bytes),
+        available_bytes=target.hbm_bytes,
         accuracy=accuracy,
         low=accuracy.low if accuracy else 0.0,
     )
-
-
-def _usable(target: Target, available: int | None) -> float | None:
-    return None if available is None else available * (GPU_USABLE if target.backend == "gpu" else 1.0)
 
 
 def _named(memory: ProgramMemory) -> dict[str, float]:

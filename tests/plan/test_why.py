@@ -31,7 +31,11 @@ def done(found: TrainAnswer, what: str) -> TrainAnswer:
     flags = dict(re.findall(r"--([\w-]+) (\S+)", what))
     names = {"pipeline-schedule": "schedule", "pipeline-chunks": "chunks"}
     changes: dict[str, object] = {
-        names.get(flag, flag): MeshShape.parse(value) if flag == "mesh" else int(value) if value.isdigit() else value
+        str(names.get(flag, flag)): MeshShape.parse(value)
+        if flag == "mesh"
+        else int(value)
+        if value.isdigit()
+        else value
         for flag, value in flags.items()
     }
     if microbatches:
