@@ -23,7 +23,7 @@ from gcompute.plan.train_plan import (
     memory_of,
     question_of,
 )
-from gcompute.plan.train_time import TrainRun
+from gcompute.plan.train_run import TrainRun
 
 DOES_NOT_FIT = 1
 # These change how long a run goes on and what it keeps, or hang on the machine that runs it: not the step.

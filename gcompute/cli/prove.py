@@ -17,8 +17,8 @@ from gcompute.config.serve import ServeConfig
 from gcompute.config.train import RunConfig
 from gcompute.hardware.target import Target
 from gcompute.plan.serving import ServeRun, serve_memory
+from gcompute.plan.traffic import Communication
 from gcompute.plan.train_plan import TrainAnswer
-from gcompute.plan.train_time import Communication
 
 PROGRAMS = ("prefill", "decode")
 COMPILERS = {"tpu": "the TPU compiler", "gpu": "XLA's GPU compiler", "cpu": "XLA's CPU compiler"}

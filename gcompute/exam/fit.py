@@ -18,12 +18,8 @@ from gcompute.exam.published import PublishedRun, published_runs
 from gcompute.plan.efficiency import BY_KIND, Efficiency, device_of
 from gcompute.plan.links import routes
 from gcompute.plan.program_memory import WORKSPACE
-from gcompute.plan.train_time import (
-    bubble,
-    communication_of,
-    optimizer_operation,
-    train_operations,
-)
+from gcompute.plan.traffic import communication_of
+from gcompute.plan.train_time import bubble, optimizer_operation, train_operations
 
 # What a share can be; reuse is in operations a byte.
 BOUNDS: Mapping[str, tuple[float, float]] = {

@@ -13,7 +13,7 @@ from gcompute.config.architecture import Architecture, Attention, FeedForward, L
 from gcompute.config.mesh import MeshShape
 from gcompute.hardware.catalogue import find_chip
 from gcompute.hardware.target import Target, slice_of
-from gcompute.plan.train_time import TrainRun
+from gcompute.plan.train_run import TrainRun
 
 RUNS = Path(__file__).with_name("published.json")
 

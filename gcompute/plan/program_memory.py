@@ -16,7 +16,7 @@ from gcompute.config.architecture import Architecture, Layers
 from gcompute.plan.memory import loss_chunks
 from gcompute.plan.sizes import attention_params, feed_forward_params
 from gcompute.plan.tiling import LANES
-from gcompute.plan.train_time import TrainRun, params_on_device
+from gcompute.plan.train_run import TrainRun, params_on_device
 
 WIDE, NARROW = 4, 2
 # Of the arrays that lie beside what is kept while a layer is differentiated, how many of each there are. `head`: the

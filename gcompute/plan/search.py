@@ -26,7 +26,8 @@ from gcompute.plan.train_plan import (
     memory_of,
     time_of,
 )
-from gcompute.plan.train_time import TrainRun, TrainTime
+from gcompute.plan.train_run import TrainRun
+from gcompute.plan.train_time import TrainTime
 
 REMATS = ("none", "dots", "full")
 # More shares of a matrix or a sequence than these, or stages, cost more than they bring on any chip known here.

@@ -18,8 +18,9 @@ from gcompute.plan.memory import (
 from gcompute.plan.params import weight_arrays
 from gcompute.plan.program_memory import ProgramMemory, program_memory
 from gcompute.plan.tiling import tile_padding
+from gcompute.plan.train_run import TrainRun
 from gcompute.plan.train_step import predict_train_step
-from gcompute.plan.train_time import TrainRun, TrainTime, train_time
+from gcompute.plan.train_time import TrainTime, train_time
 
 FITS, CLOSE, TOO_LARGE, SHARED = "fits", "too close to call", "does not fit", "shares the machine's memory"
 TRAIN_MEMORY = {"tpu": "train memory, TPU compiler", "gpu": "train memory, GPU compiler"}

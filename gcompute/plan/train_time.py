@@ -7,17 +7,17 @@ efficiencies of `plan.efficiency`. For this machine's own trainer, measured, see
 import dataclasses
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from gcompute.config.architecture import Architecture
-from gcompute.config.mesh import Axis, MeshShape
 from gcompute.hardware.target import Target
-from gcompute.plan.collectives import Route, all_gather_s, all_reduce_s, all_to_all_s, permute_s
 from gcompute.plan.efficiency import Device, Efficiency, device_of, efficiency_of, operation_s
 from gcompute.plan.links import routes
 from gcompute.plan.operations import Operation, Rows, backward, block_forward, output_forward
-from gcompute.plan.sizes import attention_params, feed_forward_params, sizes
+from gcompute.plan.sizes import sizes
+from gcompute.plan.traffic import Communication, communication_of, hidden_behind
+from gcompute.plan.train_run import TrainRun, params_on_device
 
 WIDE_BYTES = 4
 TOKEN_BYTES = 4
@@ -27,71 +27,6 @@ NEVER_AGAIN = "down"
 UPDATE_BYTES = 16
 # What a schedule leaves idle, against (stages - 1) / microbatches.
 BUBBLES = {"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0, "zero-bubble": 1 / 3}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainRun:
-    """What is trained and how, as far as its time depends on it.
-
-    batch: sequences a step over all devices. remat: "none", "dots" or "full" as the trainer has them, or the parts of a
-    block whose products are kept ("qkv", "attention", "out", "up"), all else being recomputed. activation_bytes: of the
-    values between products. gradient_bytes: of a gradient as it travels. state_values: of the optimizer, a parameter.
-    """
-
-    model: Architecture
-    batch: int
-    seq: int
-    mesh: MeshShape = field(default_factory=MeshShape)
-    accumulation: int = 1
-    remat: str | Collection[str] = "full"
-    precision: str = "bfloat16"
-    activation_bytes: float = 2.0
-    gradient_bytes: float = 4.0
-    state_values: float = 2.0
-    sequence_parallel: bool = True
-    schedule: str = "1f1b"
-    chunks: int = 1
-    zero: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.batch, self.seq, self.accumulation, self.chunks) < 1:
-            raise ValueError(
-                f"batch={self.batch}, seq={self.seq}, accumulation={self.accumulation} and chunks={self.chunks} must be"
-                " at least 1."
-            )
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one step."""
-        return self.batch * self.seq
-
-    @property
-    def local_tokens(self) -> float:
-        """Tokens of one microbatch on one device."""
-        return self.tokens / (self.accumulation * self.mesh.batch_shards * self.mesh.context)
-
-    @property
-    def weight_bytes(self) -> float:
-        return 2.0 if self.precision == "bfloat16" else 4.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Communication:
-    """All collectives of one kind along one axis in a step, on one device.
-
-    payload_bytes: of the whole arrays, see `plan.collectives`. hidden_s: of its seconds, what runs beside computation.
-    """
-
-    axis: Axis
-    what: str
-    payload_bytes: float
-    seconds: float
-    hidden_s: float
-    link: str
-
-    @property
-    def exposed_s(self) -> float:
-        return self.seconds - self.hidden_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +64,7 @@ def train_time(run: TrainRun, target: Target, efficiency: Efficiency | None = No
     optimizer = optimizer_operation(run)
     optimizer_s = operation_s(optimizer, device, efficiency)
     links = routes(run.mesh, target)
-    found = _hidden(communication_of(run, links, tpu=target.backend == "tpu"), links, work.seconds, efficiency)
+    found = hidden_behind(communication_of(run, links, tpu=target.backend == "tpu"), links, work.seconds, efficiency)
     exposed_s = sum(one.exposed_s for one in found)
     bubble_s = (work.seconds + exposed_s) * bubble(run)
     step_s = work.seconds + exposed_s + bubble_s + optimizer_s
@@ -275,135 +210,12 @@ def bubble(run: TrainRun) -> float:
     return BUBBLES[run.schedule] * (run.mesh.stage - 1) / (run.accumulation * run.chunks)
 
 
-def params_on_device(run: TrainRun) -> tuple[float, float]:
-    """(parameters that a device stores, those of its layers that it multiplies by after fsdp has gathered them).
-
-    As `parallel.rules` has it: tensor splits heads, feed-forward and vocabulary, stage the layers, expert the experts
-    and their columns of the router, fsdp whatever has a dim D.
-    """
-    mesh, model = run.mesh, run.model
-    norm = model.dim * (2 if model.norm_bias else 1)
-    ends = model.vocab * model.dim * (1 if model.tied else 2)
-    with_dim = ends / mesh.tensor + norm + (model.context * model.dim if model.learned_positions else 0)
-    without = model.vocab / mesh.tensor if model.head_bias else 0.0
-    for group in model.layers:
-        attention, fed, here = group.attention, group.feed_forward, group.num / mesh.stage
-        matrices, vectors = attention_params(attention, model.dim)
-        matrices += (fed.num_up + 1) * model.dim * ((fed.width if fed.experts is None else 0) + fed.shared_width)
-        of_heads = attention.heads * attention.head_dim
-        of_heads += attention.kv_heads * (attention.head_dim + attention.value_size)
-        split = (of_heads if attention.bias else 0) + (fed.num_up * fed.width if fed.bias else 0)
-        biases = (model.dim if attention.output_bias else 0) + (model.dim if fed.bias else 0)
-        rest = vectors - (of_heads if attention.bias else 0) - (model.dim if attention.output_bias else 0)
-        experts = (fed.experts or 0) / mesh.expert * model.dim
-        mixture = experts * ((fed.num_up + 1) * fed.width / mesh.tensor + 1)
-        with_dim += here * (matrices / mesh.tensor + mixture + biases + model.norms_per_layer * norm)
-        without += here * (split / mesh.tensor + rest)
-    return with_dim / mesh.fsdp + without, with_dim + without
-
-
 def optimizer_operation(run: TrainRun) -> Operation:
     """The update of what a device stores, a sweep: 16 bytes a parameter and 8 a value of state."""
     stored, _ = params_on_device(run)
     split = run.mesh.data if run.zero else 1
     moved = stored / split * (UPDATE_BYTES + 2 * WIDE_BYTES * run.state_values)
     return Operation(name="optimizer", kind="sweep", part="optimizer", flops=0.0, moved_bytes=moved)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
-    """What travels along one axis in a step, before any efficiency; `hides`: computation can go on beside it."""
-
-    axis: Axis
-    what: str
-    payload_bytes: float
-    seconds: float
-    hides: bool
-
-
-def communication_of(run: TrainRun, links: dict[Axis, Route], *, tpu: bool) -> tuple[Traffic, ...]:
-    """Every axis's traffic on one device, at the full speed of its links.
-
-    On TPU products go on beside the tensor axis's traffic, a piece of a matrix at a time; elsewhere they wait for it.
-    """
-    mesh, model, n = run.mesh, run.model, run.accumulation
-    stored, used = params_on_device(run)
-    tokens, act = run.local_tokens, run.activation_bytes
-    stream = tokens * model.dim * act
-    layers_here = model.num_layers / mesh.stage
-    # Where the projection after attention is computed again, so is what brings its operands.
-    passes = 2 if run.remat in ("none", "dots") or "out" in run.remat else 3
-    found: list[Traffic] = []
-
-    def add(axis: Axis, what: str, payload: float, seconds: float, *, hides: bool) -> None:
-        found.append(Traffic(axis=axis, what=what, payload_bytes=payload, seconds=seconds, hides=hides))
-
-    if Axis.FSDP in links:
-        # Gathered in the forward and in the backward pass; gradients are reduced as they come.
-        weights, gradients = 2 * n * used * run.weight_bytes, n * used * run.gradient_bytes
-        add(Axis.FSDP, "all-gather", weights, all_gather_s(weights, links[Axis.FSDP]), hides=True)
-        add(Axis.FSDP, "reduce-scatter", gradients, all_gather_s(gradients, links[Axis.FSDP]), hides=True)
-    if Axis.DATA in links:
-        payload = stored * run.gradient_bytes
-        add(Axis.DATA, "all-reduce", payload, all_reduce_s(payload, links[Axis.DATA]), hides=True)
-    if Axis.TENSOR in links:
-        # Two gathers and two reductions of the stream a layer in each direction, and the forward's again.
-        payload = n * layers_here * 2 * passes * stream
-        seconds = all_reduce_s(payload, links[Axis.TENSOR])
-        add(Axis.TENSOR, "all-gather, reduce-scatter", 2 * payload, seconds, hides=tpu)
-    if Axis.CONTEXT in links:
-        values = sum(
-            group.num * group.attention.kv_heads * (group.attention.head_dim + group.attention.value_size)
-            for group in model.layers
-        )
-        split = max(1, min(mesh.tensor, model.layers[0].attention.kv_heads)) * mesh.stage
-        # Keys and values go round forwards (again where recomputed); backwards they and their gradients do.
-        sent = n * values / split * tokens * act * (mesh.context - 1) * (passes + 1)
-        add(Axis.CONTEXT, "permute", sent, permute_s(sent, links[Axis.CONTEXT]), hides=True)
-    if Axis.EXPERT in links:
-        mixtures = [group for group in model.layers if group.feed_forward.experts]
-        sent_rows = sum(group.num * group.feed_forward.rows_per_token for group in mixtures) / mesh.stage
-        payload = n * 2 * passes * sent_rows * tokens * mesh.expert * model.dim * act / mesh.tensor
-        add(Axis.EXPERT, "all-to-all", payload, all_to_all_s(payload, links[Axis.EXPERT]), hides=False)
-        shared = used - _expert_params(model) / (mesh.expert * mesh.tensor * mesh.stage)
-        gradients = n * shared / mesh.fsdp * run.gradient_bytes
-        add(Axis.EXPERT, "all-reduce", gradients, all_reduce_s(gradients, links[Axis.EXPERT]), hides=True)
-    if Axis.STAGE in links:
-        sent = 2 * n * run.chunks * stream / (mesh.tensor if run.sequence_parallel else 1)
-        add(Axis.STAGE, "permute", sent, permute_s(sent, links[Axis.STAGE]), hides=False)
-    return tuple(found)
-
-
-def _hidden(
-    traffic: Iterable[Traffic], links: dict[Axis, Route], work_s: float, efficiency: Efficiency
-) -> tuple[Communication, ...]:
-    """How much of each hides behind the work: the share that can, as long as there is work to hide it."""
-    left, found = work_s, []
-    for one in traffic:
-        seconds = one.seconds / efficiency.link
-        hidden = min(left, seconds * efficiency.hidden) if one.hides else 0.0
-        left -= hidden
-        found.append(
-            Communication(
-                axis=one.axis,
-                what=one.what,
-                payload_bytes=one.payload_bytes,
-                seconds=seconds,
-                hidden_s=hidden,
-                link=links[one.axis].slowest,
-            )
-        )
-    return tuple(found)
-
-
-def _expert_params(model: Architecture) -> float:
-    return float(
-        sum(
-            group.num * (feed_forward_params(group.feed_forward, model.dim)[0])
-            for group in model.layers
-            if group.feed_forward.experts
-        )
-    )
 
 
 def _host_s(run: TrainRun, target: Target) -> float:

@@ -11,7 +11,7 @@ from gcompute.config.presets import PRESETS
 from gcompute.plan.params import weight_arrays
 from gcompute.plan.program_memory import ProgramMemory, largest_batch, largest_context, program_memory
 from gcompute.plan.tiling import local_shape, tile_padding, tiled_values
-from gcompute.plan.train_time import TrainRun
+from gcompute.plan.train_run import TrainRun
 
 GIB = 2**30
 MESHES = (

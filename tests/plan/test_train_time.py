@@ -15,13 +15,12 @@ from gcompute.exam.published import PublishedRun, published_runs
 from gcompute.hardware.target import Target
 from gcompute.plan.efficiency import BY_KIND, DATASHEET, Efficiency
 from gcompute.plan.params import weight_arrays
+from gcompute.plan.train_run import TrainRun, params_on_device
 from gcompute.plan.train_time import (
-    TrainRun,
     TrainTime,
     bubble,
     model_flops,
     optimizer_operation,
-    params_on_device,
     train_time,
 )
 

@@ -12,7 +12,7 @@ from gcompute.hardware.catalogue import find_chip
 from gcompute.hardware.target import Target
 from gcompute.plan.serving import ServeRun, load_of, most_concurrency
 from gcompute.plan.train_plan import FITS, TOO_LARGE, TrainAnswer, TrainQuestion, answer
-from gcompute.plan.train_time import TrainRun
+from gcompute.plan.train_run import TrainRun
 from gcompute.plan.why import LEAST_GAIN, best_change, why_serve, why_train
 
 
