@@ -22,8 +22,8 @@ demo: $(STAMP)  ## look, predict, train, serve, report: about 3 minutes on 2 cor
 test: $(STAMP)  ## the default tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-slow: $(STAMP)  ## the slow tiers: the TPU compiler, the whole certificate, several processes, kill -9, labs
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tpu-aot]'
+slow: $(STAMP)  ## the slow tiers: the TPU and GPU compilers, the whole certificate, several processes, kill -9, labs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tpu-aot,gpu-aot]'
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)  ## ruff: lint and format

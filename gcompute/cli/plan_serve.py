@@ -39,10 +39,12 @@ from gcompute.plan.serving import (
     within_slo,
 )
 from gcompute.plan.sizes import cache_bytes, sizes
+from gcompute.plan.train_plan import CLOSE, FITS, SHARED, TOO_LARGE
 from gcompute.plan.why import why_serve
 
 DOES_NOT_FIT = 1
 DTYPES = tuple(STORED_BYTES)
+STYLES = {FITS: "green", CLOSE: "yellow"}
 
 
 class PlanServeCommand(SectionedCommand):
@@ -154,7 +156,8 @@ def command(
         if plot:
             print(f"drawn to {plot}")
     kept = told.kept is not None or (slo_ttft is None and slo_tpot is None)
-    if not (told.memory.fits and kept) or (proof is not None and not proof["fits"]):
+    fits = proof["fits"] if proof is not None else told.verdict != TOO_LARGE
+    if not (fits and kept):
         raise SystemExit(DOES_NOT_FIT)
 
 
@@ -213,6 +216,16 @@ class ServeAnswer:
             self.accuracy = accuracy_of("serve memory, TPU compiler", {"chip": target.chip})
         self.time_accuracy = accuracy_of("serving times, worked problems", {"chip": target.chip})
 
+    @property
+    def verdict(self) -> str:
+        """ "fits" only where it would even if the prediction were too small by as much as any examined."""
+        if self.memory.available_bytes is None:
+            return SHARED
+        low = self.accuracy.low if self.accuracy else 0.0
+        if self.memory.total_bytes * (1 + low) <= self.memory.available_bytes:
+            return FITS
+        return CLOSE if self.memory.fits else TOO_LARGE
+
     def usd_per_million(self, load: Load) -> float | None:
         if self.price is None:
             return None
@@ -232,7 +245,7 @@ class ServeAnswer:
             "concurrency": run.concurrency,
             "params": dataclasses.asdict(sizes(self.planned.architecture)),
             "unknown_fields": list(self.planned.unused),
-            "memory": self.memory.to_dict(),
+            "memory": {**self.memory.to_dict(), "verdict": self.verdict},
             "memory_accuracy": dataclasses.asdict(self.accuracy) if self.accuracy else None,
             "kv_bytes_per_token": cache_bytes(run.model, 1, value_bytes=run.cache_bytes),
             "most_concurrency": self.most,
@@ -286,10 +299,9 @@ class ServeAnswer:
             if isinstance(value, float | int) and not isinstance(value, bool) and value
         }
         two_columns("memory of one device (predicted)", rows, console, bold="total")
-        verdict = "fits" if self.memory.fits else "does not fit"
         console.print(
-            f"{verdict}. Error of such predictions: {self.accuracy or 'not examined on such chips'}.",
-            style="green" if self.memory.fits else "red",
+            f"{self.verdict}. Error of such predictions: {self.accuracy or 'not examined on such chips'}.",
+            style=STYLES.get(self.verdict, "red"),
             soft_wrap=True,
         )
         per_token = gib(cache_bytes(run.model, 1, value_bytes=run.cache_bytes))
