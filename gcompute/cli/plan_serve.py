@@ -8,6 +8,7 @@ import click
 
 from gcompute.cli.flags import SectionedCommand
 from gcompute.cli.planning import (
+    check_picture,
     check_positive,
     checked_json,
     dollars,
@@ -100,14 +101,17 @@ def command(
     """
     for name, value in (("--usd-per-hour", usd_per_hour), ("--slo-ttft", slo_ttft), ("--slo-tpot", slo_tpot)):
         check_positive(name, value)
-    if plot and plot.suffix not in (".png", ".html"):
-        raise ValueError(f"--plot {plot}: the file must end in .png or .html.")
+    check_picture(plot)
     planned = planned_model(model)
     target = planning_target(target_text, known_chips(chip_file))
     if prompt + output > planned.architecture.context:
         raise ValueError(
             f"--prompt {prompt} and --output {output} are longer than the context of {planned.name},"
             f" {planned.architecture.context}."
+        )
+    if context is not None and context > planned.architecture.context:
+        raise ValueError(
+            f"--context {context} is longer than the context of {planned.name}, {planned.architecture.context}."
         )
     run = ServeRun(
         model=planned.architecture,
@@ -271,15 +275,19 @@ class ServeAnswer:
         }
 
     def longest_context(self) -> int:
-        """The most tokens a request could have room for at this concurrency, in steps of 128; 0 where none fit."""
-        low, high = 0, self.planned.architecture.context // 128 + 1
+        """The most tokens a request could have room for at this concurrency; 0 where this one's do not fit."""
+        least, most = self.run.prompt + self.run.output, self.planned.architecture.context
+
+        def fits(room: int) -> bool:
+            return serve_memory(dataclasses.replace(self.run, context=room), self.target).fits
+
+        if not fits(least):
+            return 0
+        low, high = least, most + 1
         while high - low > 1:
             middle = (low + high) // 2
-            room = middle * 128
-            tried = dataclasses.replace(self.run, context=max(room, self.run.prompt + self.run.output))
-            low, high = (middle, high) if serve_memory(tried, self.target).fits else (low, middle)
-        room = low * 128
-        return room if room >= self.run.prompt + self.run.output else 0
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
 
     def show(self) -> None:
         console = wide_console()

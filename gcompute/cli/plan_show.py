@@ -16,7 +16,6 @@ from gcompute.plan.efficiency import device_of, efficiency_of, operation_s
 from gcompute.plan.memory import OPERAND_BYTES
 from gcompute.plan.operations import Operation
 from gcompute.plan.program_memory import largest_batch, largest_context, program_memory
-from gcompute.plan.search import Candidate
 from gcompute.plan.sizes import sizes
 from gcompute.plan.train_plan import CLOSE, FITS, MemoryAnswer, TrainAnswer
 from gcompute.plan.train_time import TrainTime, bubbles
@@ -270,32 +269,3 @@ def _show_cost(cost: dict[str, Any], target: Target, console: Console) -> None:
             f" {dollars(cost['usd_per_chip_hour'])} a chip-hour ({cost['price_source']})."
         )
     console.print(words, soft_wrap=True)
-
-
-def show_search(planned: PlannedModel, target: Target, found: tuple[Candidate, ...], top: int) -> None:
-    """The best ways, ranked."""
-    console = wide_console()
-    fitting = sum(one.verdict in (FITS, CLOSE) for one in found)
-    table = Table(
-        title=f"{planned.name} on {target}: {fitting:,} ways fit; the best {min(top, len(found))} (predicted)",
-        title_justify="left",
-    )
-    for name in ("mesh", "remat"):
-        table.add_column(name, no_wrap=True)
-    for name in ("batch", "micro", "memory", "step", "tokens/s", "MFU"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("bound", no_wrap=True)
-    for one in found[:top]:
-        run = one.run
-        table.add_row(
-            str(run.mesh),
-            str(run.remat),
-            f"{run.batch:,}",
-            str(run.accumulation),
-            gib(one.total_bytes) + ("" if one.verdict == FITS else " ?" if one.verdict == CLOSE else " no"),
-            seconds(one.time.step_s),
-            f"{one.time.tokens_per_s:,.0f}",
-            f"{one.time.mfu:.1%}",
-            one.time.bound,
-        )
-    console.print(table)

@@ -7,16 +7,16 @@ from typing import Any
 import click
 
 from gcompute.cli.flags import SectionedCommand, config_options, given
+from gcompute.cli.plan_ranking import Ranked
 from gcompute.cli.planning import check_picture, check_positive, checked_json, known_chips, planning_target
 from gcompute.config.mesh import MeshShape
 from gcompute.config.models import PlannedModel, planned_model
 from gcompute.config.train import OPTIMIZERS, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from gcompute.hardware.target import Target
 from gcompute.plan.memory import OPERAND_BYTES
-from gcompute.plan.search import REMATS, Candidate, search
+from gcompute.plan.search import REMATS, search
 from gcompute.plan.train_plan import (
     TOO_LARGE,
-    TrainAnswer,
     TrainQuestion,
     answer,
     check_devices,
@@ -26,6 +26,7 @@ from gcompute.plan.train_plan import (
 from gcompute.plan.train_run import TrainRun
 
 DOES_NOT_FIT = 1
+BY = ("time", "cost")
 # These change how long a run goes on and what it keeps, or hang on the machine that runs it: not the step.
 NOT_PLANNED = {
     *("steps", "seed", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps"),
@@ -40,6 +41,7 @@ class PlanTrainCommand(SectionedCommand):
     examples = (
         "gcompute plan train llama3-70b --on v5p:8x8x16 --mesh fsdp=256,tensor=4 --batch 1024 --remat full",
         "gcompute plan train llama3-405b --on v5p:16x16x24 --search --batch 1536",
+        "gcompute plan train llama3-8b --on v5e:8x8,v6e:4x8,v5p:2x4x4,h100:64 --search --by cost",
         "gcompute plan train path/to/config.json --on h100:64 --tokens 1e12 --plot roofline.png",
         "gcompute plan train llama3-8b --on v5e:4x4 --mesh fsdp=16 --batch 16 --seq 2048 --prove",
         "gcompute plan train demo --on this --search --calibrate",
@@ -48,7 +50,9 @@ class PlanTrainCommand(SectionedCommand):
 
 @click.command(cls=PlanTrainCommand)
 @click.argument("model")
-@click.option("--on", "target_text", required=True, help="v5p:8x8x16, 2*v6e:4x4, h100:64, or this (measured).")
+@click.option(
+    "--on", "target_text", required=True, help="v5p:8x8x16, 2*v6e:4x4, h100:64, this (measured); several, with commas."
+)
 @click.option("--mesh", help="Axes and sizes, as in fsdp=256,tensor=4.  [the best one found]")
 @click.option("--search", "searching", is_flag=True, help="Rank every legal mesh, remat, microbatch and batch.")
 @click.option("--batch", type=click.IntRange(1), help="Sequences a step.  [searched; with --mesh one a share]")
@@ -56,7 +60,7 @@ class PlanTrainCommand(SectionedCommand):
 @click.option("--accumulation", type=click.IntRange(1), help="Microbatches a step.  [1; searched]")
 @click.option("--remat", type=click.Choice(REMATS), help="What is recomputed.  [the least that fits]")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", help="Which optimizer.  [adamw]")
-@click.option("--by", type=click.Choice(("time", "cost")), default="time", help="What --search ranks by.  [time]")
+@click.option("--by", type=click.Choice(BY), default="time", help="Rank by tokens/s, or dollars a token.  [time]")
 @click.option("--top", type=click.IntRange(1), default=10, help="Ways that --search lists.  [10]")
 @click.option("--tokens", type=float, help="Token budget, for days and dollars.  [20 a parameter]")
 @click.option("--usd-per-hour", type=float, help="Price of a chip.  [the catalogue's]")
@@ -89,7 +93,8 @@ def command(
     Every number is predicted from formulae unless it says compiled or measured, and carries the error that the exam
     found of its class. Exit status 0: it fits; 1: it does not; 2: what was asked does not go together.
     """
-    from gcompute.cli.plan_show import show_search, show_train, train_json
+    from gcompute.cli.plan_ranking import show_search
+    from gcompute.cli.plan_show import show_train, train_json
     from gcompute.plan.cost import known_price
 
     if searching and mesh:
@@ -100,26 +105,39 @@ def command(
         raise ValueError("--calibrate measures the machine at hand: use it with --on this.")
     check_picture(plot)
     planned = planned_model(model)
-    target = planning_target(target_text, known_chips(chip_file), again=calibrate)
-    assert target.known is not None
-    # A price that makes no sense is refused before anything is printed.
-    known_price(target.known, given=usd_per_hour, spot=spot)
-    if prove:
-        from gcompute.cli.prove import check_provable
+    chips = known_chips(chip_file)
+    targets = [planning_target(text, chips, again=calibrate) for text in target_text.split(",")]
+    prices = {}
+    for target in targets:
+        assert target.known is not None
+        # A price that makes no sense is refused before anything is printed.
+        prices[str(target)] = known_price(target.known, given=usd_per_hour, spot=spot)
+        if prove:
+            from gcompute.cli.prove import check_provable
 
-        check_provable(planned, target)
+            check_provable(planned, target)
+    if mesh is not None and len(targets) > 1:
+        raise ValueError(f"--mesh is for one target and --on names {len(targets)}: leave --mesh away.")
+    if by == "cost" and None in prices.values():
+        lacking = ", ".join(name for name, price in prices.items() if price is None)
+        raise ValueError(f"--by cost: {lacking} has no price in the catalogue. Give --usd-per-hour, or a chip file.")
     seq = values["seq"] or min(planned.architecture.context, USUAL_SEQ)
-    found: tuple[Candidate, ...] = ()
+    ranked: list[Ranked] = []
     if mesh is None:
-        start = build_question(planned, target, {**values, "seq": seq, "mesh": MeshShape()})
-        found = search(start, batch=values["batch"], accumulation=values["accumulation"], remat=values["remat"])
-        if by == "cost":
-            found = tuple(sorted(found, key=lambda one: (one.verdict == TOO_LARGE, -one.time.tokens_per_s)))
-        question = found[0].question
+        for target in targets:
+            start = build_question(planned, target, {**values, "seq": seq, "mesh": MeshShape()})
+            found = search(start, batch=values["batch"], accumulation=values["accumulation"], remat=values["remat"])
+            price = prices[str(target)]
+            hourly = price.usd_per_chip_hour * target.num_chips if price else None
+            ranked += [Ranked(one, hourly) for one in found]
+        # Each search has its own order among equals, which sorting keeps.
+        ranked.sort(key=lambda one: one.rank(by))
+        question = ranked[0].candidate.question
     else:
         given_mesh = MeshShape.parse(mesh)
-        check_devices(given_mesh, target)
-        question = _chosen(planned, target, {**values, "seq": seq, "mesh": given_mesh})
+        check_devices(given_mesh, targets[0])
+        question = _chosen(planned, targets[0], {**values, "seq": seq, "mesh": given_mesh})
+    target = question.target
     told = answer(question)
     price = {"tokens": tokens, "usd_per_hour": usd_per_hour, "spot": spot}
     proof = None
@@ -139,11 +157,11 @@ def command(
         )
     if as_json:
         document = train_json(planned, told, **price)
-        ranked = [_plain(one) for one in found[:top]]
-        print(checked_json({**document, **({"search": ranked} if found else {}), "proof": proof}))
+        shown = {"search": [one.to_dict() for one in ranked[:top]]} if ranked else {}
+        print(checked_json({**document, **shown, "proof": proof}))
     else:
         if searching:
-            show_search(planned, target, found, top)
+            show_search(planned, ranked, top)
         show_train(planned, told, chosen=mesh is None, **price)
         if proof is not None:
             from gcompute.cli.prove import show_proof
@@ -217,22 +235,3 @@ def _chosen(planned: PlannedModel, target: Target, values: dict[str, Any]) -> Tr
     check_question(question)
     tried = [question.replace(remat=policy) for policy in REMATS]
     return next((one for one in tried if memory_of(one).verdict != TOO_LARGE), tried[-1])
-
-
-def _plain(one: Candidate) -> dict[str, Any]:
-    run = one.run
-    return {
-        "mesh": str(run.mesh),
-        "batch": run.batch,
-        "accumulation": run.accumulation,
-        "remat": run.remat,
-        "verdict": one.verdict,
-        "total_bytes": one.total_bytes,
-        "step_s": one.time.step_s,
-        "tokens_per_s": one.time.tokens_per_s,
-        "mfu": one.time.mfu,
-        "bound": one.time.bound,
-    }
-
-
-__all__ = ["TrainAnswer", "build_question", "command", "run_config", "run_of"]

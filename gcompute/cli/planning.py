@@ -100,7 +100,7 @@ def dollars(value: float) -> str:
     """Dollars for a reader."""
     if value == 0 or not math.isfinite(value):
         return f"${value:,.0f}"
-    return f"${value:,.0f}" if value >= 1000 else f"${value:,.2f}" if value >= 0.1 else f"${value:.2g}"
+    return f"${value:,.0f}" if value >= 1000 else f"${value:,.2f}" if value >= 1 else f"${value:.3g}"
 
 
 def wide_console() -> Console:

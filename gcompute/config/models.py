@@ -39,6 +39,8 @@ def planned_model(name: str) -> PlannedModel:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"model file {path} does not parse: {error}.") from None
+        if not isinstance(values, dict) or not values:
+            raise ValueError(f"model file {path} holds no field of a model.")
         if is_huggingface(values):
             found = read_huggingface(path)
             return PlannedModel(

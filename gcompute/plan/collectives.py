@@ -61,6 +61,7 @@ class Switch:
     num_devices: int
     bytes_per_s: float
     latency_s: float = 0.0
+    name: str = "NVLink"
 
     def __post_init__(self) -> None:
         if self.num_devices < 1 or not (_is_rate(self.bytes_per_s) and _is_latency(self.latency_s)):
@@ -105,10 +106,10 @@ class Route:
 
     @property
     def slowest(self) -> str:
-        """What to call the links that bound it: "DCN", "NVLink" or "ICI"."""
+        """What to call the links that bound it: "DCN", "ICI", or the name of the switch."""
         if self.network is not None:
             return "DCN"
-        return "NVLink" if self.switch is not None else "ICI"
+        return self.switch.name if self.switch is not None else "ICI"
 
 
 Link = Ring | Switch | Network | Route

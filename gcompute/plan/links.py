@@ -63,7 +63,9 @@ def _switched(mesh: MeshShape, target: Target, chip: Chip) -> dict[Axis, Route]:
         left //= inside
         if inside > 1 and link is None:
             raise ValueError(_no_link(chip, "domain_bytes_per_s"))
-        switch = Switch(num_devices=inside, bytes_per_s=link, latency_s=latency) if inside > 1 and link else None
+        switch = None
+        if inside > 1 and link:
+            switch = Switch(num_devices=inside, bytes_per_s=link, latency_s=latency, name=_link_name(chip))
         found[axis] = Route(switch=switch, network=_network(chip, size // inside), pipelined=True)
     return found
 
@@ -150,6 +152,12 @@ def _network(chip: Chip, num_groups: int) -> Network | None:
     if chip.dcn_bytes_per_s is None:
         raise ValueError(_no_link(chip, "dcn_bytes_per_s"))
     return Network(num_groups=num_groups, bytes_per_s=chip.dcn_bytes_per_s / chip.devices_per_chip)
+
+
+def _link_name(chip: Chip) -> str:
+    if chip.domain_bytes_per_s is None:
+        return "PCIe"
+    return "NVLink" if "NVIDIA" in chip.about else "GPU links"
 
 
 def _no_link(chip: Chip, field: str) -> str:

@@ -147,7 +147,8 @@ def loss_chunks(num_tokens: int, vocab: int) -> int:
     (8, 1)
     """
     wanted = FLOAT32_BYTES * num_tokens * vocab / LOGITS_BYTES
-    return next((n for n in range(1, num_tokens) if num_tokens % n == 0 and n >= wanted), num_tokens)
+    low = [n for n in range(1, math.isqrt(num_tokens) + 1) if num_tokens % n == 0]
+    return min(n for n in (*low, *(num_tokens // n for n in low)) if n >= min(wanted, num_tokens))
 
 
 def num_up_matrices(config: ModelConfig) -> int:

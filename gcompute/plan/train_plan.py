@@ -112,6 +112,7 @@ def question_of(run: RunConfig, target: Target, accumulation: int, *, name: str)
         schedule=config.pipeline_schedule,
         chunks=config.pipeline_chunks,
         zero=config.zero,
+        context_attention=config.context_attention,
     )
     return TrainQuestion(
         run=planned, target=target, config=run.model, optimizer=run.optimizer.optimizer, residual=residual
@@ -145,6 +146,7 @@ def check_question(question: TrainQuestion) -> None:
         accumulation=run.accumulation,
         schedule=run.schedule,
         chunks=run.chunks,
+        context_attention=run.context_attention,
     )
 
 

@@ -31,6 +31,7 @@ class TrainRun:
     schedule: str = "1f1b"
     chunks: int = 1
     zero: int = 0
+    context_attention: str = "ring"
 
     def __post_init__(self) -> None:
         if min(self.batch, self.seq, self.accumulation, self.chunks) < 1:

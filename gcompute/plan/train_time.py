@@ -125,17 +125,22 @@ def _work(shape: _Shape, device: Device, efficiency: Efficiency) -> _Work:
 
 
 def model_flops(model: Architecture, batch: int, seq: int) -> float:
-    """Operations of one step without recomputation, scores over the whole square: the convention of our MFU.
+    """Operations of one step without recomputation, of scores those that the mask keeps: what our MFU counts here.
 
-    6 P tokens + 12 (H + value) / 2 N keys tokens a layer. Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+    6 P tokens + 6 N (H + value) keys tokens a layer, keys = (seq + 1) / 2, or fewer through a window. MFU of runs
+    published before July 2025 counts the whole square, as `plan.train_step.mfu` does of a trainer that computes it.
+    Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
-    tokens = batch * seq
+    rows = Rows(tokens=batch * seq, keys=(seq + 1) / 2)
     attention = sum(
-        6 * group.num * group.attention.heads * (group.attention.head_dim + group.attention.value_size)
-        * min(seq, group.attention.window or seq)
+        6
+        * group.num
+        * group.attention.heads
+        * (group.attention.head_dim + group.attention.value_size)
+        * _averaged(rows, seq, group.attention.window).keys
         for group in model.layers
-    )  # fmt: skip
-    return tokens * (6 * sizes(model).matmul + attention)
+    )
+    return batch * seq * (6 * sizes(model).matmul + attention)
 
 
 def train_operations(run: TrainRun) -> tuple[Operation, ...]:

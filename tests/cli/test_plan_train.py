@@ -150,7 +150,7 @@ def test_search(gcompute: Command):
     assert speeds == sorted(speeds, reverse=True)
     shown = gcompute(*PLAN, "--search", "--top", "3")
     assert shown.status == 0
-    assert re.search(r"llama3-8b on v5e:4x4: [\d,]+ ways fit; the best 3 \(predicted\)", shown.out)
+    assert re.search(r"llama3-8b on v5e:4x4: [\d,]+ ways fit; the best 3 \(predicted", shown.out)
     assert "(found by search)" in shown.out
     by_cost = sound(gcompute(*PLAN, "--search", "--by", "cost", "--json"))
     assert by_cost["memory"]["verdict"] in ("fits", "too close to call")
@@ -399,3 +399,40 @@ def test_no_jax_is_loaded(code: str):
         [sys.executable, "-c", PROGRAM.format(code=code)], capture_output=True, text=True, env=environment, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_several_targets_ranked_by_cost(gcompute: Command):
+    asked = (
+        "plan",
+        "train",
+        "llama3-8b",
+        "--on",
+        "v5e:4x4,v6e:2x4",
+        "--seq",
+        "4096",
+        "--search",
+        "--by",
+        "cost",
+        "--json",
+    )
+    document = json.loads(gcompute(*asked).out)
+    sure = [one["usd_per_million_tokens"] for one in document["search"] if one["verdict"] == "fits"]
+    assert sure == sorted(sure)
+    assert document["target"] == document["search"][0]["target"]
+    shown = gcompute(*asked[:-1], "--top", "4").out
+    assert "v5e:4x4, v6e:2x4" in shown or "v6e:2x4, v5e:4x4" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--on", "v5e:4x4,v6e:2x4", "--mesh", "fsdp=16"), "--mesh is for one target and --on names 2"),
+        (("--on", "v5e:4x4,v7x:2x2x1", "--by", "cost"), "--by cost: v7x:2x2x1 has no price"),
+        (("--on", "v5e:4x4,v5e:3x3"), "v5e:3x3 is not a slice that exists"),
+    ],
+)
+def test_several_targets_refused(gcompute: Command, flags: tuple[str, ...], said: str):
+    ended = gcompute("plan", "train", "llama3-8b", *flags)
+    assert ended.status == 2
+    assert said in ended.err
+    assert ended.err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The exam itself: every class within what is demanded, no wrong "fits", and the errors that plans carry are its own."""
+"""The exam itself: every class within what is demanded, no wrong "fits", and plans carry the errors that it found."""
 
 import json
 import math

@@ -118,7 +118,7 @@ def test_gpus_in_a_host_and_across():
     rack = found("data=2,tensor=36", "gb200:72")
     assert (rack[Axis.DATA].num_inside, rack[Axis.TENSOR].num_inside) == (2, 36)
     # Without NVLink, PCIe joins those of a host.
-    assert found("tensor=4", "l4:4")[Axis.TENSOR].switch == Switch(num_devices=4, bytes_per_s=32 * GB)
+    assert found("tensor=4", "l4:4")[Axis.TENSOR].switch == Switch(num_devices=4, bytes_per_s=32 * GB, name="PCIe")
 
 
 def test_one_device_and_this_machine_need_no_links():
