@@ -14,7 +14,7 @@ from gcompute.hardware.chip import Chip
 from gcompute.hardware.target import Target
 
 THIS = "this"
-LEAST_WIDTH = 120
+LEAST_WIDTH = 140
 
 
 def known_chips(path: Path | None) -> Mapping[str, Chip]:
