@@ -41,7 +41,8 @@ def published_runs() -> tuple[PublishedRun, ...]:
 def _run(one: dict[str, Any], models: dict[str, Any]) -> PublishedRun:
     shape = models[one["model"]]
     attention = Attention(heads=shape["heads"], kv_heads=shape["kv_heads"], head_dim=shape["head_dim"])
-    fed = FeedForward(width=shape["ffn"], gated=shape["gated"])
+    experts = {name: shape[name] for name in ("experts", "experts_per_token", "capacity_factor") if name in shape}
+    fed = FeedForward(width=shape["ffn"], gated=shape["gated"], **experts)
     model = Architecture(
         name=one["model"],
         vocab=shape["vocab"],

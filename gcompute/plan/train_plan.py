@@ -211,7 +211,9 @@ def _axes(run: TrainRun) -> tuple[str, ...]:
 def _kinds(model: Architecture) -> tuple[str, ...]:
     kinds = set()
     for group in model.layers:
-        kinds.add("experts" if group.feed_forward.experts else "dense")
+        fed = group.feed_forward
+        # Rows of experts without empty places need kernels of another kind.
+        kinds.add("dense" if not fed.experts else "dropless experts" if fed.capacity_factor == 1 else "experts")
         kinds |= {"latent attention"} if group.attention.kv_rank is not None else set()
         kinds |= {"windows"} if group.attention.window is not None else set()
     return tuple(sorted(kinds))
