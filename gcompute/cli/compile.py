@@ -11,10 +11,9 @@ from typing import Any
 import click
 
 from gcompute.aot.target import INSTALL, check_installed, compile_target
-from gcompute.cli.flags import MeshType, SectionedCommand, config_options, given, read_toml
+from gcompute.cli.flags import ExampleGroup, MeshType, SectionedCommand, config_options, given, read_toml
 from gcompute.cli.run_directory import SECTIONS
 from gcompute.cli.worker import start_worker
-from gcompute.config.fields import nearest
 from gcompute.config.mesh import MeshShape
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_config
@@ -46,24 +45,6 @@ SERVE_MEMORY_ROWS = {
 }
 
 
-class CompileGroup(click.Group):
-    """Shows the examples of its programs, and names the legal ones where one is not known."""
-
-    @property
-    def examples(self) -> tuple[str, ...]:
-        return tuple(example for one in self.commands.values() for example in getattr(one, "examples", ()))
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Examples"):
-            for example in self.examples:
-                formatter.write(f"  $ {example}\n")
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.commands:
-            raise click.UsageError(f"program {cmd_name!r} is not known. {nearest(cmd_name, self.commands)}")
-        return super().get_command(ctx, cmd_name)
-
-
 class CompileTrainCommand(SectionedCommand):
     examples = (
         "gcompute compile train llama3-8b --on v5e:4x4 --mesh fsdp=16 --batch 16 --seq 2048 --remat full",
@@ -80,7 +61,7 @@ class CompileServeCommand(SectionedCommand):
     )
 
 
-@click.group(cls=CompileGroup, invoke_without_command=True)
+@click.group(cls=ExampleGroup, invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
     """Compile a real program for chips that are not here: memory by kind, collectives, fits or not."""

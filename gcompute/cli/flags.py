@@ -51,6 +51,24 @@ class SectionedCommand(click.Command):
                     formatter.write(f"  $ {example}\n")
 
 
+class ExampleGroup(click.Group):
+    """Shows the examples of its commands, and names the legal ones where one is not known."""
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        return tuple(example for one in self.commands.values() for example in getattr(one, "examples", ()))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            for example in self.examples:
+                formatter.write(f"  $ {example}\n")
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.commands:
+            raise click.UsageError(f"{ctx.info_name} {cmd_name!r} is not known. {nearest(cmd_name, self.commands)}")
+        return super().get_command(ctx, cmd_name)
+
+
 class SectionedOption(click.Option):
     """An option that knows its section of the help."""
 

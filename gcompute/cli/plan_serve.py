@@ -218,7 +218,7 @@ class ServeAnswer:
         self.accuracy: Accuracy | None = None
         if target.backend == "tpu":
             self.accuracy = accuracy_of("serve memory, TPU compiler", {"chip": target.chip})
-        self.time_accuracy = accuracy_of("serving times, worked problems", {"chip": target.chip})
+        self.time_accuracy = accuracy_of("serving times, worked problems", {})
 
     @property
     def verdict(self) -> str:
@@ -331,7 +331,7 @@ class ServeAnswer:
         if usd is not None and self.price is not None:
             shown["a million tokens"] = dollars(usd)
         two_columns("time (predicted)", shown, console, bold="tokens/s")
-        console.print(f"error of such predictions: {self.time_accuracy}.", soft_wrap=True)
+        console.print(f"error of such equations: {self.time_accuracy}; no measured server was.", soft_wrap=True)
         if self.price is not None:
             console.print(f"price: {dollars(self.price.usd_per_chip_hour)} a chip-hour ({self.price})")
         else:

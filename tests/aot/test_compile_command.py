@@ -62,7 +62,7 @@ def test_refused_before_anything_starts(args: list[str], said: str, capsys, monk
 
 def test_unknown_program(capsys):
     assert status("compile", "serv") == 2
-    assert "program 'serv' is not known. Did you mean 'serve'?" in capsys.readouterr().err
+    assert "compile 'serv' is not known. Did you mean 'serve'?" in capsys.readouterr().err
     assert status("compile") == 0
     assert "train" in capsys.readouterr().out
 
