@@ -30,6 +30,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "link": (0.3, 1.0),
     "hidden": (0.0, 1.0),
     "attention_flops_per_byte": (30.0, 5000.0),
+    "ragged": (0.2, 1.0),
 }
 WORST_SHARE = 0.15
 ROUNDS = 60
@@ -43,6 +44,7 @@ class _Work:
     run: np.ndarray
     is_matmul: np.ndarray
     is_attention: np.ndarray
+    is_ragged: np.ndarray
     flops_s: np.ndarray
     bytes_s: np.ndarray
     flops_per_bandwidth: np.ndarray
@@ -63,7 +65,7 @@ def _work(runs: Sequence[PublishedRun]) -> _Work:
         device = device_of(one.target.known, one.run.precision)
         for op in train_operations(one.run):
             fill = min(1.0, op.depth / device.matrix_dim) if device.matrix_dim and op.depth else 1.0
-            kinds = (op.kind == "matmul", op.kind == "attention")
+            kinds = (op.kind == "matmul", op.kind == "attention", op.ragged)
             seconds = (op.flops / device.flops_per_s, op.moved_bytes / device.hbm_bytes_per_s)
             rows.append((index, *kinds, *seconds, op.flops / device.hbm_bytes_per_s, op.times, fill))
         sent = communication_of(one.run, routes(one.run.mesh, one.target), tpu=one.target.backend == "tpu")
@@ -78,13 +80,14 @@ def _work(runs: Sequence[PublishedRun]) -> _Work:
             )
         )
     columns, totals = np.array(rows, float).T, np.array(ends, float).T
-    run, matmul, attention, *rest = columns
-    return _Work(run.astype(int), matmul.astype(bool), attention.astype(bool), *rest, *totals)
+    run, matmul, attention, ragged, *rest = columns
+    return _Work(run.astype(int), matmul.astype(bool), attention.astype(bool), ragged.astype(bool), *rest, *totals)
 
 
 def _errors(work: _Work, e: Efficiency) -> np.ndarray:
     """log(predicted / published) of every run; the same sums as `train_time.train_time`."""
     share = np.where(work.is_attention, e.matmul * e.attention * work.fill, e.matmul)
+    share = np.where(work.is_ragged, share * e.ragged, share)
     reuse = np.where(
         work.is_matmul,
         e.reuse_flops_per_byte,

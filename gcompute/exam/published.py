@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gcompute.config.architecture import Architecture, Attention, FeedForward, Layers
+from gcompute.config.huggingface import from_huggingface
 from gcompute.config.mesh import MeshShape
 from gcompute.hardware.catalogue import find_chip
 from gcompute.hardware.target import Target, slice_of
@@ -38,26 +39,25 @@ def published_runs() -> tuple[PublishedRun, ...]:
     return tuple(_run(one, document["models"]) for one in document["runs"])
 
 
-def _run(one: dict[str, Any], models: dict[str, Any]) -> PublishedRun:
-    shape = models[one["model"]]
+def _model(name: str, shape: dict[str, Any], context: int) -> Architecture:
+    """The model of that name: its shape, or a Hugging Face configuration where it is more than one kind of layer."""
+    if "config" in shape:
+        return from_huggingface(shape["config"], source=name).architecture
     attention = Attention(heads=shape["heads"], kv_heads=shape["kv_heads"], head_dim=shape["head_dim"])
-    experts = {name: shape[name] for name in ("experts", "experts_per_token", "capacity_factor") if name in shape}
+    experts = {key: shape[key] for key in ("experts", "experts_per_token", "capacity_factor") if key in shape}
     fed = FeedForward(width=shape["ffn"], gated=shape["gated"], **experts)
-    model = Architecture(
-        name=one["model"],
-        vocab=shape["vocab"],
-        dim=shape["dim"],
-        layers=(Layers(num=shape["layers"], attention=attention, feed_forward=fed),),
-        context=one["seq"],
-        tied=False,
-    )
+    layers = (Layers(num=shape["layers"], attention=attention, feed_forward=fed),)
+    return Architecture(name=name, vocab=shape["vocab"], dim=shape["dim"], layers=layers, context=context, tied=False)
+
+
+def _run(one: dict[str, Any], models: dict[str, Any]) -> PublishedRun:
     chip = find_chip(one["chip"])
     slices = one["slices"]
     shape_of_slice = slice_of(chip, one["chips"] // slices) if chip.torus_dims else (one["chips"],)
     assert shape_of_slice is not None
     remat = one["remat"]
     run = TrainRun(
-        model=model,
+        model=_model(one["model"], models[one["model"]], one["seq"]),
         batch=one["batch"],
         seq=one["seq"],
         mesh=MeshShape.parse(one["mesh"]),

@@ -18,7 +18,8 @@ class Efficiency:
     operations for each byte of operands that products stream from memory without hiding it. attention: of the products'
     share, where a head fills the matrix unit; attention_flops_per_byte: its operations for each byte that its kernel
     streams beside them. sweep: of the memory bandwidth. link: of the links' bandwidth.
-    hidden: of the communication that can run beside computation, how much does.
+    hidden: of the communication that can run beside computation, how much does. ragged: of the products' share, what
+    experts reach that drop nothing.
     """
 
     matmul: float
@@ -28,11 +29,14 @@ class Efficiency:
     link: float
     hidden: float
     attention_flops_per_byte: float = float("inf")
+    ragged: float = 1.0
 
 
 # `python -m gcompute.exam.fit` makes these; see gcompute/exam.
 BY_KIND = {
-    "tpu": Efficiency(matmul=0.90, reuse_flops_per_byte=1530, attention=0.85, sweep=0.733, link=0.975, hidden=0.54),
+    "tpu": Efficiency(
+        matmul=0.90, reuse_flops_per_byte=1530, attention=0.85, sweep=0.733, link=0.975, hidden=0.54, ragged=0.4
+    ),
     "gpu": Efficiency(
         matmul=0.85,
         reuse_flops_per_byte=876,
@@ -94,7 +98,7 @@ def operation_s(operation: Operation, device: Device, efficiency: Efficiency) ->
     in place of e, f the part of the matrix unit that a head fills, and its own r; a sweep: bytes / (s bandwidth).
     """
     bytes_s = operation.moved_bytes / (device.hbm_bytes_per_s * efficiency.sweep)
-    share = efficiency.matmul
+    share = efficiency.matmul * (efficiency.ragged if operation.ragged else 1.0)
     if operation.kind == "attention":
         share *= efficiency.attention
         if device.matrix_dim and operation.depth:

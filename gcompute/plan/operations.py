@@ -20,7 +20,7 @@ class Operation:
     """`times` runs of one operation on one device, each of `flops` operations and `moved_bytes` of device memory.
 
     kind: "matmul", "attention" or "sweep". part: what of a block it is, for rematerialisation. depth: of an attention
-    product, the head dim that fills a matrix unit.
+    product, the head dim that fills a matrix unit. ragged: products of experts that get rows of any number.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Operation:
     moved_bytes: float
     times: float = 1.0
     depth: int | None = None
+    ragged: bool = False
 
     @property
     def intensity(self) -> float:
@@ -136,6 +137,7 @@ def _feed_forward(fed: FeedForward, dim: int, rows: Rows) -> Iterator[Operation]
     yield matmul("router", "router", t, dim, fed.experts, on=rows, weight_bytes=4.0)
     multiplied = t * (fed.experts_per_token if rows.dropless else fed.rows_per_token)
     here = fed.experts / rows.expert
+    ragged = rows.dropless or fed.capacity_factor == 1
     # A step with few tokens reads only the experts that they are sent to; each device gets its share of them.
     used = min(here, multiplied) if rows.reads_cache else here
     width = fed.width / rows.tensor
@@ -145,7 +147,7 @@ def _feed_forward(fed: FeedForward, dim: int, rows: Rows) -> Iterator[Operation]
     ):
         moved = rows.weight_bytes * used * depth * wide + act * multiplied * (depth + wide)
         flops = 2 * multiplied * depth * wide
-        yield Operation(name=name, kind="matmul", part=part, flops=flops, moved_bytes=moved)
+        yield Operation(name=name, kind="matmul", part=part, flops=flops, moved_bytes=moved, ragged=ragged)
     yield sweep("experts' activation", "up", multiplied * width, (fed.num_up + 1) * act)
     yield sweep("dispatch and combine", "dispatch", multiplied * dim, 2 * 2 * act)
     if fed.shared_width:
