@@ -41,7 +41,7 @@ PER_STAGE = (1, 2, 4)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One way, with its predicted memory and time. usd_per_hour: of all chips, None without a price."""
+    """One way, with its predicted memory and time."""
 
     question: TrainQuestion
     total_bytes: float

@@ -301,10 +301,8 @@ def critical_batch(run: ServeRun, target: Target) -> float:
     but k of them. Source: scaling-book, "inference" and "transformers".
     """
     device = _device(run, target)
-    counted, here = sizes(run.model), weights_on_device(run)
-    active = counted.active / counted.total
-    del here
-    return device.ridge * run.weight_bytes / 2 / active
+    counted = sizes(run.model)
+    return device.ridge * run.weight_bytes / 2 * counted.total / counted.active
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
