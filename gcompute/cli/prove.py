@@ -171,12 +171,11 @@ def _show_collectives(rows: list[dict[str, Any]], console: Console) -> None:
 
 def check_provable_serve(planned: PlannedModel, run: ServeRun, target: Target) -> Target:
     """As `check_provable`, for the engine's programs, which hold weights and cache in bfloat16."""
-    compiled = check_provable(planned, target)
     if run.weights != "bfloat16" or run.cache != "bfloat16":
         raise ValueError(
             "--prove compiles the engine's programs, which are bfloat16: use --weights bfloat16 --kv bfloat16."
         )
-    return compiled
+    return check_provable(planned, target)
 
 
 def prove_serve(planned: PlannedModel, run: ServeRun, target: Target) -> dict[str, Any]:

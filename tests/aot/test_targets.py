@@ -102,6 +102,7 @@ STEPS = {
     "llama3-70b on 1,024 v5p": ("llama3-70b", "v5p:8x8x16", "fsdp=256,tensor=4", 1024, 8192),
     "llama3-405b on 6,144 v5p": ("llama3-405b", "v5p:16x16x24", "data=3,fsdp=512,tensor=4", 1536, 8192),
     "mixtral-8x7b on 64 v5p": ("mixtral-8x7b", "v5p:4x4x4", "fsdp=8,expert=8", 64, 8192),
+    "llama3-8b in stages": ("llama3-8b", "v5p:2x2x4", "stage=4,fsdp=4", 64, 4096, "--layers", "4"),
     "llama3-8b on two slices": ("llama3-8b", "2*v6e:4x4", "data=2,fsdp=16", 64, 4096),
 }
 
