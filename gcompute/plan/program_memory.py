@@ -44,6 +44,8 @@ WORKSPACE: Mapping[str, float] = MappingProxyType(
 IN_LOSS, ALWAYS = ("loss_head", "loss_chunk"), ("tied",)
 # Gradients summed over microbatches: the sum, and the one that a microbatch adds.
 ACCUMULATORS = 2
+# With ZeRO the shares of the updated parameters are gathered beside the old ones.
+GATHERED = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +95,7 @@ def program_memory(
     With P parameters on the device, t tokens of a microbatch, n tensor shares and r bytes of residual stream:
 
     - parameters 4 P, optimizer 4 P a value of state (over data too with ZeRO), gradients 4 P, accumulator 8 P where
-      there are microbatches.
+      there are microbatches, and 4 P with ZeRO.
     - activations: t `kept_bytes` for every layer here, of min(stage, accumulation) microbatches.
     - all of P times `padding`, see `plan.tiling`.
     - workspace: the sum of `WORKSPACE` times its arrays. logits: while losses are computed.
@@ -144,10 +146,11 @@ def program_memory(
     if mesh.fsdp == 1:
         arrays["block"] = 0.0
     state = stored / (mesh.data if run.zero else 1)
+    beside = (ACCUMULATORS if run.accumulation > 1 else 0) + (GATHERED if run.zero and mesh.data > 1 else 0)
     return ProgramMemory(
         parameters_bytes=WIDE * stored,
         optimizer_bytes=WIDE * state * run.state_values,
-        accumulator_bytes=ACCUMULATORS * WIDE * stored if run.accumulation > 1 else 0.0,
+        accumulator_bytes=WIDE * stored * beside,
         activations_bytes=in_flight * tokens * kept + whole_layers,
         gradients_bytes=WIDE * stored / (mesh.data if run.zero > 1 else 1),
         workspace_bytes=sum(workspace[name] * size for name, size in arrays.items() if name not in IN_LOSS),
