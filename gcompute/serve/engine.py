@@ -136,6 +136,7 @@ class Engine:
                     self.cancel(output.stream)
         if self._thread is not None:
             self._thread.join()
+        self._runner.compilations.stop()
         with self._wake:
             if self._status is not Status.FAILED:
                 self._status = Status.CLOSED
@@ -201,6 +202,10 @@ class Engine:
         """Text of token ids; empty without a tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(ids)
 
+    def spell(self, token_id: int) -> bytes:
+        """The bytes of one token; empty without a tokenizer."""
+        return b"" if self.tokenizer is None else self.tokenizer.spell(token_id)
+
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -243,6 +248,7 @@ class Engine:
                 num_cells=self._runner.shape.slots * self.max_context,
                 num_cells_used=sum(entry.cached for entry in running.values()),
                 num_programs=len(self._runner.compiled),
+                num_late_compilations=self._runner.compilations.num,
                 num_dispatches=self._runner.num_dispatches,
                 num_decode_steps=self._counts["decode_steps"],
                 num_prompt_tokens=self._counts["prompt_tokens"],
@@ -263,7 +269,7 @@ class Engine:
         self._outputs[request_id] = Output(
             stream,
             decoder=decoder,
-            ends={self._end_token(sampling), *sampling.stop_ids},
+            ends={self._end_token(sampling), *sampling.stop_token_ids},
             arrived_s=time.perf_counter(),
         )
         return stream
@@ -281,6 +287,7 @@ class Engine:
                 if self._status is Status.LOADING:
                     self._status = Status.READY
                 self._wake.notify_all()
+            self._runner.compilations.watch()
             while (work := self._next_work()) is not None:
                 try:
                     if isinstance(work, Prefill):

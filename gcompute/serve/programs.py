@@ -20,7 +20,7 @@ from gcompute.model.kv_cache import KVCache, init_cache
 from gcompute.model.transformer import Execution, Params, forward, unstack
 from gcompute.serve.adjustments import NO_TOKEN, AdjustmentRows, adjust, is_end
 from gcompute.serve.choices import Choices
-from gcompute.serve.request import MAX_BIASES, MAX_STOP_IDS, Request, seed_words
+from gcompute.serve.request import MAX_BIASES, MAX_STOP_TOKENS, Request, seed_words
 from gcompute.serve.sampler import SamplingRows, quiet, sample
 from gcompute.serve.scheduler import make_buckets
 
@@ -119,7 +119,7 @@ def empty_state(shape: EngineShape) -> EngineState:
             repetition=jnp.ones(b, jnp.float32),
             bias_ids=jnp.full((b, MAX_BIASES), NO_TOKEN, jnp.int32),
             bias=jnp.zeros((b, MAX_BIASES), jnp.float32),
-            ends=jnp.full((b, 1 + MAX_STOP_IDS), NO_TOKEN, jnp.int32),
+            ends=jnp.full((b, 1 + MAX_STOP_TOKENS), NO_TOKEN, jnp.int32),
             num_prompt=jnp.zeros(b, jnp.int32),
             min_tokens=jnp.zeros(b, jnp.int32),
         ),
@@ -159,7 +159,7 @@ def admission(request: Request, *, slot: int, bucket: int, end: int, seed: int) 
             repetition=host([sampling.repetition_penalty], np.float32),
             bias_ids=host(filled(bias_ids, MAX_BIASES, NO_TOKEN), np.int32),
             bias=host(filled(bias, MAX_BIASES, 0), np.float32),
-            ends=host(filled([end, *sampling.stop_ids], 1 + MAX_STOP_IDS, NO_TOKEN), np.int32),
+            ends=host(filled([end, *sampling.stop_token_ids], 1 + MAX_STOP_TOKENS, NO_TOKEN), np.int32),
             num_prompt=host([len(prompt)], np.int32),
             min_tokens=host([sampling.min_tokens], np.int32),
         ),

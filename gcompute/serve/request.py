@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 MAX_STOP_STRINGS = 16
-MAX_STOP_IDS = 16
+MAX_STOP_TOKENS = 16
 MAX_BIASES = 64
 MAX_TOP_LOGPROBS = 20
 
@@ -40,7 +40,7 @@ class Sampling:
     temperature: 0 is greedy. top_k: keep the k most likely; 0 keeps all. top_p: keep the most likely tokens that
     together reach this probability. min_p: keep tokens at least this share as likely as the most likely one.
     seed: the same seed gives the same tokens; None draws one. stop: strings that end the output and are not in it.
-    stop_ids: token ids that do the same. ignore_eos: the end-of-text token is a token like any other.
+    stop_token_ids: token ids that do the same. ignore_eos: the end-of-text token is a token like any other.
     min_tokens: until so many are chosen no end-of-text token or stop id is, and no stop string is looked for.
     presence_penalty, frequency_penalty: subtracted from the logit of a token once, and each time, that the output has
     it. repetition_penalty: divides a positive logit and multiplies a negative one where prompt or output has the token.
@@ -58,7 +58,7 @@ class Sampling:
     min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
     presence_penalty: float = 0.0
@@ -93,11 +93,12 @@ class Sampling:
             raise RequestError("stop must be strings that are not empty.", param="stop")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}.", param="stop")
-        if not isinstance(self.stop_ids, tuple) or not all(map(_is_id, self.stop_ids)):
-            raise RequestError("stop_ids must be token ids.", param="stop_ids")
-        if len(self.stop_ids) > MAX_STOP_IDS:
+        if not isinstance(self.stop_token_ids, tuple) or not all(map(_is_id, self.stop_token_ids)):
+            raise RequestError("stop_token_ids must be token ids.", param="stop_token_ids")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
             raise RequestError(
-                f"stop_ids takes at most {MAX_STOP_IDS} ids, got {len(self.stop_ids)}.", param="stop_ids"
+                f"stop_token_ids takes at most {MAX_STOP_TOKENS} ids, got {len(self.stop_token_ids)}.",
+                param="stop_token_ids",
             )
         self._check_bias()
 
@@ -141,7 +142,10 @@ def check_fits(request: Request, *, vocab: int, max_context: int) -> None:
         wrong = low if low < 0 else high
         raise RequestError(f"prompt holds token id {wrong}; this model has ids 0 to {vocab - 1}.", param="prompt")
     sampling = request.sampling
-    for param, ids in (("stop_ids", sampling.stop_ids), ("logit_bias", [token for token, _ in sampling.logit_bias])):
+    for param, ids in (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", [token for token, _ in sampling.logit_bias]),
+    ):
         if ids and max(ids) >= vocab:
             raise RequestError(f"{param} holds token id {max(ids)}; this model has ids 0 to {vocab - 1}.", param=param)
     if num_prompt + max_tokens > max_context:

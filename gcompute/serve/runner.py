@@ -1,5 +1,6 @@
 """What the engine's thread runs programs with: the parameters, the compiled programs and the one donated state."""
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +14,28 @@ from gcompute.serve.choices import Choices
 from gcompute.serve.programs import EngineShape, EngineState, Program
 from gcompute.serve.request import Request
 
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class CompilationCount:
+    """Counts what one thread compiles from `watch` on, on that thread, to `stop`."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._thread: int | None = None
+
+    def watch(self) -> None:
+        self._thread = threading.get_ident()
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def stop(self) -> None:
+        if self._thread is not None:
+            jax.monitoring.unregister_event_duration_listener(self._hear)
+            self._thread = None
+
+    def _hear(self, event: str, *_: Any, **__: Any) -> None:
+        self.num += event == COMPILE_EVENT and threading.get_ident() == self._thread
+
 
 class Runner:
     """Compiles once, then dispatches. Not locked: one thread dispatches."""
@@ -22,6 +45,7 @@ class Runner:
         self.compiled: dict[Program, Callable[..., Any]] = {}
         self.state: EngineState | None = None
         self.num_dispatches = 0
+        self.compilations = CompilationCount()
         prepare = partial(programs.serving_params, config=shape.model, compute=shape.execution.compute)
         self._params = jax.jit(prepare)(params)
 

@@ -68,7 +68,7 @@ class Reference:
         return np.asarray(self._run(padded))[0, len(tokens) - 1]
 
     def generate(self, prompt, sampling: Sampling, end: int) -> tuple[tuple[int, ...], Reason]:
-        ends = {*sampling.stop_ids, *([] if sampling.ignore_eos else [end])}
+        ends = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else [end])}
         output: list[int] = []
         while len(output) < sampling.max_tokens:
             x = reference_adjust(self.logits([*prompt, *output]), sampling, prompt, output, ends)
@@ -94,8 +94,8 @@ def all_kinds() -> list[Sampling]:
         {"repetition_penalty": 0.8},
         {"logit_bias": ((5, 100.0),), **STRONG},
         {"logit_bias": tuple((token, float(token % 7) - 3) for token in range(64))},
-        {"min_tokens": 9, "stop_ids": tuple(range(16)), "logit_bias": tuple((token, 20.0) for token in range(8))},
-        {"stop_ids": (7, 9), "logit_bias": ((7, 12.0), (9, 12.0))},
+        {"min_tokens": 9, "stop_token_ids": tuple(range(16)), "logit_bias": tuple((token, 20.0) for token in range(8))},
+        {"stop_token_ids": (7, 9), "logit_bias": ((7, 12.0), (9, 12.0))},
         STRONG,
         {},
     ]
@@ -129,7 +129,7 @@ def test_penalties_bias_and_held_ends_do_what_they_are_for(engine):
     assert 1 <= varied.ids.count(42) < 24
     never = engine.generate([prompt], dataclasses.replace(greedy, logit_bias=((forced.ids[0], -100.0),)))[0]
     assert 42 not in never.ids
-    ends = dataclasses.replace(greedy, stop_ids=(42,), logit_bias=((42, 100.0),))
+    ends = dataclasses.replace(greedy, stop_token_ids=(42,), logit_bias=((42, 100.0),))
     at_once = engine.generate([prompt], ends)[0]
     assert (at_once.ids, at_once.reason, at_once.usage.completion_tokens) == ((), Reason.STOP, 1)
     held = engine.generate([prompt], dataclasses.replace(ends, min_tokens=10))[0]
