@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from gcompute.serve.chat import ChatAnswer, parse_chat
@@ -27,7 +27,7 @@ from gcompute.serve.errors import RETRY_AFTER_S, HttpError, http_error
 from gcompute.serve.metrics import CONTENT_TYPE, Metrics
 from gcompute.serve.parameters import unknown_model
 from gcompute.serve.protocol import Answer, Ask, parse_ask
-from gcompute.serve.sse import EventStreamResponse, cancelled_with_client, check_served
+from gcompute.serve.sse import EventStreamResponse, cancelled_with_client, check_served, dump
 from gcompute.serve.stream import Completion, EventStream, completion
 from gcompute.serve.template import ChatTemplate, PlainTemplate
 
@@ -197,4 +197,4 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def _json(value: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse(value, status_code=status, headers=headers)
+    return Response(dump(value), status_code=status, headers=headers, media_type="application/json")

@@ -20,7 +20,9 @@ class HttpError(Exception):
     retry_after_s: int | None = None
 
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        # What a client sent may be quoted in it: one line, and no half of a surrogate pair, which UTF-8 cannot hold.
+        message = " ".join(self.message.encode(errors="replace").decode().split())
+        return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         retry = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}

@@ -46,10 +46,9 @@ def read_object(body: bytes, *, known: tuple[str, ...], neutral: Neutral) -> dic
         raise RequestError(f"The body is not valid JSON: {short(reason, 120)}.", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise RequestError("The body must be a JSON object.", code="invalid_json")
-    legal = (*known, *neutral)
     for name, value in fields.items():
-        if name not in legal:
-            raise RequestError(f"Unknown parameter: {short(name)!r}. {nearest(short(name), legal)}", param=short(name))
+        if name not in known and name not in neutral:
+            raise RequestError(f"Unknown parameter: {short(name)!r}. {nearest(short(name), known)}", param=short(name))
         if name in neutral and value is not None and not _is_neutral(value, neutral[name]):
             raise RequestError(f"{name} is not supported by this server: leave it out.", param=name)
     return fields
