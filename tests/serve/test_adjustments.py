@@ -9,7 +9,8 @@ import pytest
 
 from gcompute.model.transformer import Execution, forward
 from gcompute.serve.adjustments import NO_TOKEN, AdjustmentRows, adjust
-from gcompute.serve.request import Sampling
+from gcompute.serve.programs import admission
+from gcompute.serve.request import Request, Sampling
 from gcompute.serve.stream import Reason
 
 V = 257
@@ -162,6 +163,14 @@ def test_logprobs_are_the_models_own_whatever_the_settings(engine, reference):
     assert engine.generate([(1,)], Sampling(max_tokens=2))[0].logprobs == ()
 
 
+def test_a_row_that_ends_takes_no_more_steps(engine):
+    before = engine.stats().num_decode_steps
+    held = Sampling(max_tokens=60, temperature=0.0, stop_token_ids=(42,), logit_bias=((42, 100.0),), min_tokens=2)
+    assert len(engine.generate([(65,)], held)[0].ids) == 2
+    # The first of the three tokens is the prefill's; a dispatch has up to 4 steps.
+    assert engine.stats().num_decode_steps == before + 2
+
+
 def blank_rows(num: int) -> AdjustmentRows:
     return AdjustmentRows(
         presence=jnp.zeros(num),
@@ -188,6 +197,29 @@ def test_a_row_that_asks_for_nothing_keeps_every_bit_among_rows_that_ask():
     assert got[2].tobytes() == logits[2].tobytes(), "a row that is not live is left alone"
     changed = np.flatnonzero(got[1] != logits[1]).tolist()
     assert changed == [3, 4, 5], "the output is positions 3 to 5, and no later cell counts"
+
+
+def test_adjusted_logits_equal_the_reference_row_by_row():
+    rng = np.random.default_rng(1)
+    kinds = all_kinds()
+    logits = (4 * rng.standard_normal((len(kinds), V))).astype(np.float32)
+    prompts = [tuple(rng.integers(0, V, 5).tolist()) for _ in kinds]
+    outputs = [rng.integers(0, V, 40).tolist() for _ in kinds]
+    admitted = [
+        admission(Request(prompt=prompt, sampling=own), slot=0, bucket=16, end=256, seed=0).adjustments
+        for prompt, own in zip(prompts, kinds, strict=True)
+    ]
+    rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *admitted)
+    tokens = jnp.array([[*prompt, *output, 0, 0] for prompt, output in zip(prompts, outputs, strict=True)])
+    for made in (3, 40):
+        live = jnp.ones(len(kinds), bool)
+        got = np.asarray(adjust(jnp.asarray(logits), rows, tokens, jnp.full(len(kinds), 5 + made), live))
+        for row, own in enumerate(kinds):
+            expected = reference_adjust(logits[row], own, prompts[row], outputs[row][:made], {256, *own.stop_token_ids})
+            held = np.isinf(expected)
+            # A product and a sum in one rounding or in two.
+            np.testing.assert_allclose(got[row][~held], expected[~held], rtol=1e-6, atol=1e-6, err_msg=str(own))
+            assert (got[row][held] <= -1e29).all()
 
 
 def test_steps_without_adjustments_compute_no_histogram():

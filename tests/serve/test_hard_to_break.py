@@ -138,6 +138,7 @@ def fuzz(http, engine, wait_until, *, seed: int, num: int) -> dict[int, int]:
             error = response.json()["error"]
             assert list(error) == ["message", "type", "param", "code"], content
             assert error["message"], content
+            assert error["message"].encode(), "half a surrogate pair is no UTF-8"
             assert len(error["message"]) < 500, content
         elif response.headers["content-type"].startswith("text/event-stream"):
             assert chunks_of(response.text)[-1] == "[DONE]", content
