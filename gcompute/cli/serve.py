@@ -21,23 +21,30 @@ class ServeCommand(SectionedCommand):
 @click.command(cls=ServeCommand)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--name", default=None, help="Model name that requests use.  [the run's name]")
+@click.option(
+    "--api-key", envvar="GCOMPUTE_API_KEY", show_envvar=True, help="Key that calls of /v1 must carry.  [none]"
+)
 @click.option("--fast/--no-fast", default=True, help="Restart once with huge pages where that is faster.  [fast]")
 @config_options(ServeConfig, "Serving")
-def command(checkpoint: Path, name: str | None, fast: bool, **values: Any) -> None:
-    """Serve the model in CHECKPOINT, the --out directory of `gcompute train`: /v1/completions, /v1/models, /health,
-    /metrics. SIGTERM and Ctrl-C finish accepted requests first."""
+def command(checkpoint: Path, name: str | None, api_key: str | None, fast: bool, **values: Any) -> None:
+    """Serve the model in CHECKPOINT, the --out directory of `gcompute train`: /v1/completions, /v1/chat/completions,
+    /v1/models, /health, /metrics. Chats use the template of a tokenizer_config.json there if jinja2 is installed, and
+    "role: content" lines otherwise. SIGTERM and Ctrl-C finish accepted requests first."""
     restart_fast(fast)
     quiet_backends()
     config = ServeConfig(**given(ServeConfig, values))
     use_compilation_cache()
     from rich.console import Console
 
-    from gcompute.model.pretrained import load
+    from gcompute.model.pretrained import load, locate
     from gcompute.serve.engine import Engine
     from gcompute.serve.server import serve
+    from gcompute.serve.template import load_template
 
     console = Console(stderr=True)
-    model = load(checkpoint, notice=lambda text: console.print(f"notice: {text}", soft_wrap=True))
+    notice = lambda text: console.print(f"notice: {text}", soft_wrap=True)  # noqa: E731
+    model = load(checkpoint, notice=notice)
+    template = load_template(locate(checkpoint)[0], notice)
     model_name = name or model.name
     engine = Engine(model.params, model.config, model.tokenizer, config)
     console.print(f"{model_name}: step {model.step}, compiling {len(engine.programs())} programs", highlight=False)
@@ -45,5 +52,7 @@ def command(checkpoint: Path, name: str | None, fast: bool, **values: Any) -> No
         engine,
         config,
         model_name=model_name,
+        template=template,
+        api_key=api_key or None,
         announce=lambda url: console.print(f"serving {model_name} at {url} (Ctrl-C stops)", highlight=False),
     )

@@ -147,6 +147,18 @@ class Tokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that no text is encoded as, with their ids."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
+    def spell(self, token_id: int) -> bytes:
+        """The bytes of one token by itself: of a byte-level one exactly, of any other those of its decoded text."""
+        if self._bytes_of_token is not None:
+            return self._bytes_of_token.get(token_id, b"")
+        return self.decode([token_id]).encode()
+
+    @cached_property
     def _bytes_of_token(self) -> dict[int, bytes] | None:
         """The bytes of every token, where the decoder is byte-level; None for the other kinds."""
         if not isinstance(self._backend.decoder, decoders.ByteLevel):

@@ -1,53 +1,83 @@
-"""The engine over HTTP: OpenAI's completions, models, health and metrics, as a starlette application.
+"""The engine over HTTP: OpenAI's completions, chat, models, health and metrics, as a starlette application.
 
-    POST /v1/completions    GET /v1/models    GET /v1/models/NAME    GET /health    GET /metrics
+    POST /v1/completions    POST /v1/chat/completions    GET /v1/models    GET /v1/models/NAME
+    GET /health             GET /metrics
 
-A client that goes away takes its requests with it: their slots are free after the dispatch in progress.
+A client that goes away takes its requests with it: their slots are free after the dispatch in progress. With an API key
+all of /v1 needs it, as `Authorization: Bearer KEY`.
 """
 
 import asyncio
-import json
+import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
+from gcompute.serve.chat import ChatAnswer, parse_chat
 from gcompute.serve.engine import Engine, Status
+from gcompute.serve.errors import RETRY_AFTER_S, HttpError, http_error
 from gcompute.serve.metrics import CONTENT_TYPE, Metrics
-from gcompute.serve.protocol import RETRY_AFTER_S, Answer, Ask, HttpError, http_error, parse_ask
-from gcompute.serve.request import NotReady
-from gcompute.serve.stream import Completion, Event, EventStream, Finished, Reason, Tokens, Usage, completion
+from gcompute.serve.parameters import unknown_model
+from gcompute.serve.protocol import Answer, Ask, parse_ask
+from gcompute.serve.sse import EventStreamResponse, cancelled_with_client, check_served, dump
+from gcompute.serve.stream import Completion, EventStream, completion
+from gcompute.serve.template import ChatTemplate, PlainTemplate
 
 MAX_BODY_BYTES = 4 << 20
 # A body that is too large is read on this far, so that the client is done sending and hears why it was refused.
-MAX_DISCARDED_BYTES = 8 * MAX_BODY_BYTES
+DISCARDED_BODIES = 8
 
 log = logging.getLogger(__name__)
 
+Parse = Callable[[bytes], Ask]
 
-def create_app(engine: Engine, *, model_name: str) -> Starlette:
-    """The application for one engine and the one model that it answers for."""
-    return _Api(engine, model_name).app
+
+def create_app(
+    engine: Engine,
+    *,
+    model_name: str,
+    template: ChatTemplate | None = None,
+    api_key: str | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    timeout_s: float | None = None,
+) -> Starlette:
+    """The application for one engine and the one model that it answers for.
+
+    template: how chats become prompts; the plain one by default. timeout_s: the longest that a call may take.
+    """
+    return _Api(engine, model_name, template or PlainTemplate(), api_key, max_body_bytes, timeout_s).app
 
 
 class _Api:
-    def __init__(self, engine: Engine, model_name: str):
+    def __init__(
+        self,
+        engine: Engine,
+        model_name: str,
+        template: ChatTemplate,
+        api_key: str | None,
+        max_body_bytes: int,
+        timeout_s: float | None,
+    ):
         self._engine = engine
         self._model_name = model_name
+        self._template = template
+        self._api_key = api_key
+        self._max_body_bytes = max_body_bytes
+        self._timeout_s = timeout_s
         self._created = int(time.time())
         self._metrics = Metrics(engine)
         self.app = Starlette(
             routes=[
                 Route("/v1/completions", self._completions, methods=["POST"]),
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._one_model),
                 Route("/health", self._health),
@@ -57,30 +87,49 @@ class _Api:
         )
 
     async def _completions(self, request: Request) -> Response:
+        return await self._complete(
+            request, lambda body: parse_ask(body, engine=self._engine, model_name=self._model_name), Answer
+        )
+
+    async def _chat(self, request: Request) -> Response:
+        def parse(body: bytes) -> Ask:
+            return parse_chat(body, engine=self._engine, model_name=self._model_name, template=self._template)
+
+        return await self._complete(request, parse, ChatAnswer)
+
+    async def _complete(self, request: Request, parse: Parse, answer_type: type[Answer]) -> Response:
         try:
-            body = await _read_body(request)
-            ask = await run_in_threadpool(parse_ask, body, engine=self._engine, model_name=self._model_name)
+            self._check_key(request)
+            body = await _read_body(request, self._max_body_bytes)
+            ask = await run_in_threadpool(parse, body)
+            answer = answer_type(ask, self._engine)
             streams = self._engine.submit_all(ask.requests)
             if ask.stream:
-                return _EventStreamResponse(self._engine, ask, streams)
-            async with _cancelled_with_client(self._engine, streams, request.receive):
+                return EventStreamResponse(self._engine, ask, answer, streams, self._timeout_s)
+            async with cancelled_with_client(self._engine, streams, request.receive), asyncio.timeout(self._timeout_s):
                 done = await asyncio.gather(*map(_collect, streams))
             for each in done:
-                _check_served(each)
-            texts = [echo + each.text for echo, each in zip(ask.echoes, done, strict=True)]
-            return _json(Answer(ask).whole(texts, [each.reason for each in done], [each.usage for each in done]))
+                check_served(each)
+            return _json(answer.whole(done))
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
         except Exception as error:
             return self._refuse(error)
+
+    def _check_key(self, request: Request) -> None:
+        if self._api_key is None:
+            return
+        kind, _, given = request.headers.get("Authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._api_key.encode()):
+            message = "The API key is missing or wrong: send it as `Authorization: Bearer KEY`."
+            raise HttpError(status=401, message=message, code="invalid_api_key")
 
     def _refuse(self, error: Exception) -> Response:
         answer = http_error(error)
         if not isinstance(error, HttpError) and answer.status == 500:
             log.error("a call failed", exc_info=error)
         self._metrics.reject(answer.status)
-        retry = {} if answer.retry_after_s is None else {"Retry-After": str(answer.retry_after_s)}
-        return _json(answer.body(), status=answer.status, headers=retry)
+        return _json(answer.body(), status=answer.status, headers=answer.headers())
 
     async def _routing_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -92,13 +141,20 @@ class _Api:
         )
 
     async def _models(self, request: Request) -> Response:
+        try:
+            self._check_key(request)
+        except HttpError as error:
+            return self._refuse(error)
         return _json({"object": "list", "data": [self._model()]})
 
     async def _one_model(self, request: Request) -> Response:
+        try:
+            self._check_key(request)
+        except HttpError as error:
+            return self._refuse(error)
         name = request.path_params["name"]
         if name != self._model_name:
-            message = f"The model `{name}` does not exist. This server has `{self._model_name}`."
-            return self._refuse(HttpError(status=404, message=message, param="model", code="model_not_found"))
+            return self._refuse(unknown_model(name, self._model_name))
         return _json(self._model())
 
     def _model(self) -> dict[str, Any]:
@@ -120,128 +176,25 @@ class _Api:
         return Response(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
-class _EventStreamResponse(Response):
-    """Server-sent events: one chunk for each block of tokens, then [DONE]; after a failure one error event instead."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, engine: Engine, ask: Ask, streams: Sequence[EventStream]):
-        self.status_code = 200
-        self.background = None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._engine = engine
-        self._ask = ask
-        self._streams = streams
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with _cancelled_with_client(self._engine, self._streams, receive):
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for data in self._events():
-                body = b"data: " + data + b"\n\n"
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _events(self) -> AsyncIterator[bytes]:
-        answer = Answer(self._ask)
-        before = list(self._ask.echoes)
-        made = [0] * len(self._streams)
-        usages: dict[int, Usage] = {}
-        async for index, event in _merge(self._streams):
-            if isinstance(event, Tokens):
-                reason, made[index] = None, made[index] + len(event.ids)
-                num_prompt = len(self._streams[index].request.prompt)
-                usage = Usage(prompt_tokens=num_prompt, completion_tokens=made[index])
-            else:
-                reason, usage = event.reason, event.usage
-                usages[index] = usage
-                try:
-                    _check_served(event)
-                except (HttpError, NotReady) as error:
-                    yield _dump(http_error(error).body())
-                    return
-            text, before[index] = before[index] + event.text, ""
-            yield _dump(answer.chunk(index, text, reason, usage))
-        if self._ask.include_usage:
-            yield _dump(answer.last_chunk([usages[index] for index in range(len(self._streams))]))
-        yield b"[DONE]"
-
-
-@asynccontextmanager
-async def _cancelled_with_client(
-    engine: Engine, streams: Sequence[EventStream], receive: Receive
-) -> AsyncIterator[None]:
-    """Cancel what still runs when the client disconnects, or when the block is left for any reason."""
-
-    def cancel() -> None:
-        for stream in streams:
-            engine.cancel(stream)
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        cancel()
-        watcher.cancel()
-        await asyncio.gather(watcher, return_exceptions=True)
-
-
 async def _collect(stream: EventStream) -> Completion:
     return completion([event async for event in stream])
 
 
-async def _merge(streams: Sequence[EventStream]) -> AsyncIterator[tuple[int, Event]]:
-    """The events of all streams as they come, each with its stream's index."""
-    events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-
-    async def pump(index: int, stream: EventStream) -> None:
-        async for event in stream:
-            events.put_nowait((index, event))
-
-    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
-    try:
-        left = len(streams)
-        while left:
-            index, event = await events.get()
-            left -= isinstance(event, Finished)
-            yield index, event
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-
-
-def _check_served(last: Finished | Completion) -> None:
-    """Raise what the client should hear of a request that did not run to its end."""
-    if last.reason is Reason.ERROR:
-        raise HttpError(status=500, message=last.error or "the request failed.", kind="server_error")
-    if last.reason is Reason.CANCELLED:
-        raise NotReady("the request was cancelled: the server is closing.")
-
-
-async def _read_body(request: Request) -> bytes:
+async def _read_body(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     discarded = 0
     async for part in request.stream():
-        if discarded or len(body) + len(part) > MAX_BODY_BYTES:
+        if discarded or len(body) + len(part) > max_bytes:
             discarded += len(part)
             body.clear()
-            if discarded > MAX_DISCARDED_BYTES:
+            if discarded > DISCARDED_BODIES * max_bytes:
                 break
         else:
             body += part
     if discarded:
-        raise HttpError(status=413, message=f"The body is larger than {MAX_BODY_BYTES} bytes.", code="body_too_large")
+        raise HttpError(status=413, message=f"The body is larger than {max_bytes} bytes.", code="body_too_large")
     return bytes(body)
 
 
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
-
-
 def _json(value: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse(value, status_code=status, headers=headers)
+    return Response(dump(value), status_code=status, headers=headers, media_type="application/json")

@@ -3,8 +3,7 @@
     waiting -> prefill into a free slot -> decode with all other slots -> finished, slot free
 
 Every program is compiled before the first request. A failure of one request ends that request; a failure of the
-device ends the requests that run, and the engine goes on with empty slots. One class, however long, because one lock
-guards all that its methods share.
+device ends the requests that run, and the engine goes on with empty slots.
 """
 
 import logging
@@ -12,23 +11,24 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Self
+from contextlib import nullcontext
+from typing import Self
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gcompute.config.model import ModelConfig
 from gcompute.config.serve import ServeConfig
 from gcompute.model.tokenizer import StreamDecoder, Tokenizer
 from gcompute.model.transformer import Execution, Params
-from gcompute.serve import programs
-from gcompute.serve.programs import NO_TOKEN, EngineShape, Program
-from gcompute.serve.request import NotReady, QueueFull, Request, RequestError, Sampling, check_fits
+from gcompute.serve.adjustments import NO_TOKEN
+from gcompute.serve.choices import read_row
+from gcompute.serve.offline import complete_all, progress_bar
+from gcompute.serve.programs import EngineShape, Program, list_programs
+from gcompute.serve.request import NotReady, Request, RequestError, Sampling, check_fits
+from gcompute.serve.runner import Runner
 from gcompute.serve.scheduler import Decode, Prefill, Scheduler
 from gcompute.serve.stats import EngineStats, Status
-from gcompute.serve.stream import Completion, EventStream, Finished, Output, Reason
+from gcompute.serve.stream import Completion, EventStream, Finished, Output, Reason, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +57,14 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.max_context = max_context
-        self._shape = EngineShape(
+        shape = EngineShape(
             model=config,
             execution=Execution(compute=compute, unroll=config.layers),
             slots=serve.slots,
             max_context=max_context,
             decode_steps=serve.decode_steps,
         )
-        self._params = jax.jit(partial(programs.serving_params, config=config, compute=compute))(params)
+        self._runner = Runner(params, shape)
         self._scheduler = Scheduler(
             slots=serve.slots,
             max_queue=serve.max_queue,
@@ -72,8 +72,6 @@ class Engine:
             decode_steps=serve.decode_steps,
         )
         self.max_choices = serve.max_queue + serve.slots
-        self._compiled: dict[Program, Callable[..., Any]] = {}
-        self._state: programs.EngineState | None = None
         # Guards all below; the engine's thread holds it only to decide and to record, never while the device runs.
         self._wake = threading.Condition()
         self._status = Status.LOADING
@@ -82,14 +80,14 @@ class Engine:
         self._cancelled: set[int] = set()
         self._next_id = 0
         self._observers: list[Callable[[Finished], None]] = []
-        self._counts = {"dispatches": 0, "decode_steps": 0, "prompt_tokens": 0, "output_tokens": 0}
+        self._counts = {"decode_steps": 0, "prompt_tokens": 0, "output_tokens": 0}
         self._thread: threading.Thread | None = None
 
     # Life ------------------------------------------------------------------------------------------------------------
 
     def programs(self) -> tuple[Program, ...]:
         """Every program that the engine runs; `warmup` compiles them, and nothing compiles after it."""
-        return programs.list_programs(self.max_context)
+        return list_programs(self.max_context)
 
     def warmup(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Compile what is not compiled yet. `progress` hears (number done, number in all, name of the next)."""
@@ -99,9 +97,8 @@ class Engine:
                 return
             if progress is not None:
                 progress(done, len(todo), str(program))
-            if program not in self._compiled:
-                self._compiled[program] = programs.compile_program(program, self._params, self._shape)
-        self._reset_state()
+            self._runner.compile(program)
+        self._runner.reset()
         if progress is not None:
             progress(len(todo), len(todo), "ready")
 
@@ -139,6 +136,7 @@ class Engine:
                     self.cancel(output.stream)
         if self._thread is not None:
             self._thread.join()
+        self._runner.compilations.stop()
         with self._wake:
             if self._status is not Status.FAILED:
                 self._status = Status.CLOSED
@@ -164,9 +162,7 @@ class Engine:
     def submit_all(self, requests: Sequence[Request]) -> list[EventStream]:
         """Queue all of them or none. Raises as `submit` does."""
         for request in requests:
-            check_fits(request, vocab=self.config.vocab, max_context=self.max_context)
-            if request.sampling.stop and self.tokenizer is None:
-                raise RequestError("stop needs a tokenizer, and this engine has none.", param="stop")
+            self._check(request)
         with self._wake:
             if self._status is not Status.READY:
                 raise NotReady(f"the engine is {self._status}.")
@@ -206,19 +202,25 @@ class Engine:
         """Text of token ids; empty without a tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(ids)
 
+    def spell(self, token_id: int) -> bytes:
+        """The bytes of one token; empty without a tokenizer."""
+        return b"" if self.tokenizer is None else self.tokenizer.spell(token_id)
+
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
-        sampling: Sampling | Sequence[Sampling] | None = None,
+        params: Sampling | Sequence[Sampling] | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
-        """Complete all prompts, in order, batching as many as fit. `progress` hears (number done, number in all).
+        """Complete all prompts, in order, batching as many as fit; `params` are for all, or one for each.
+
+        `progress` hears (number done, number in all); without it a bar is shown where standard error is a terminal.
 
         Raises:
           RequestError: a prompt can never be served; nothing is generated then. NotReady: as for `submit`.
         """
-        each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling or [Sampling()] * len(prompts)
+        each = [params] * len(prompts) if isinstance(params, Sampling) else params or [Sampling()] * len(prompts)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts came with {len(each)} samplings: give one, or one a prompt.")
         requests = [
@@ -226,24 +228,9 @@ class Engine:
             for prompt, own in zip(prompts, each, strict=True)
         ]
         for request in requests:
-            check_fits(request, vocab=self.config.vocab, max_context=self.max_context)
-        streams: list[EventStream] = []
-        done: list[Completion] = []
-        try:
-            while len(done) < len(requests):
-                try:
-                    while len(streams) < len(requests):
-                        streams.append(self.submit(requests[len(streams)]))
-                except QueueFull:
-                    if len(done) == len(streams):
-                        raise
-                done.append(streams[len(done)].result())
-                if progress is not None:
-                    progress(len(done), len(requests))
-        finally:
-            for stream in streams[len(done) :]:
-                self.cancel(stream)
-        return done
+            self._check(request)
+        with nullcontext(progress) if progress is not None else progress_bar() as report:
+            return complete_all(self, requests, report)
 
     def observe(self, observer: Callable[[Finished], None]) -> None:
         """Call `observer` with the last event of every request from now on, on whatever thread ends it."""
@@ -255,17 +242,23 @@ class Engine:
             running = self._scheduler.running
             return EngineStats(
                 status=self._status,
-                slots=self._shape.slots,
+                slots=self._runner.shape.slots,
                 num_running=len(running),
                 num_waiting=self._scheduler.num_waiting,
-                num_cells=self._shape.slots * self.max_context,
+                num_cells=self._runner.shape.slots * self.max_context,
                 num_cells_used=sum(entry.cached for entry in running.values()),
-                num_programs=len(self._compiled),
-                num_dispatches=self._counts["dispatches"],
+                num_programs=len(self._runner.compiled),
+                num_late_compilations=self._runner.compilations.num,
+                num_dispatches=self._runner.num_dispatches,
                 num_decode_steps=self._counts["decode_steps"],
                 num_prompt_tokens=self._counts["prompt_tokens"],
                 num_output_tokens=self._counts["output_tokens"],
             )
+
+    def _check(self, request: Request) -> None:
+        check_fits(request, vocab=self.config.vocab, max_context=self.max_context)
+        if request.sampling.stop and self.tokenizer is None:
+            raise RequestError("stop needs a tokenizer, and this engine has none.", param="stop")
 
     def _enter(self, request: Request) -> EventStream:
         request_id, self._next_id = self._next_id, self._next_id + 1
@@ -274,7 +267,10 @@ class Engine:
         self._scheduler.add(request_id, num_prompt=len(request.prompt), max_tokens=sampling.max_tokens)
         decoder = StreamDecoder(self.tokenizer) if self.tokenizer is not None else None
         self._outputs[request_id] = Output(
-            stream, decoder=decoder, end=self._end_token(sampling), arrived_s=time.perf_counter()
+            stream,
+            decoder=decoder,
+            ends={self._end_token(sampling), *sampling.stop_token_ids},
+            arrived_s=time.perf_counter(),
         )
         return stream
 
@@ -291,6 +287,7 @@ class Engine:
                 if self._status is Status.LOADING:
                     self._status = Status.READY
                 self._wake.notify_all()
+            self._runner.compilations.watch()
             while (work := self._next_work()) is not None:
                 try:
                     if isinstance(work, Prefill):
@@ -324,48 +321,38 @@ class Engine:
         output.admit(time.perf_counter())
         request = output.stream.request
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(64)
-        new = programs.admission(
+        choices = self._runner.prefill(
             request, slot=work.slot, bucket=work.bucket, end=self._end_token(request.sampling), seed=seed
         )
-        token = self._dispatch(Program("prefill", work.bucket), new)
+        tokens, logprobs = read_row(choices, 0, request.sampling.logprobs)
         with self._wake:
             self._counts["prompt_tokens"] += len(request.prompt)
             self._scheduler.advance(work.request_id, 1, prefill=True)
-        self._deliver(work.request_id, [int(token)])
+        self._deliver(work.request_id, tokens, logprobs)
 
     def _decode(self, work: Decode) -> None:
-        running = {request_id: entry.slot for request_id, entry in self._scheduler.running.items()}
-        running_B = np.zeros(self._shape.slots, bool)
-        running_B[list(running.values())] = True
-        chosen_BN = self._dispatch(
-            Program("decode", work.bucket), running_B, np.int32(work.num_steps), np.bool_(work.until_free)
+        slots = {request_id: entry.slot for request_id, entry in self._scheduler.running.items()}
+        choices = self._runner.decode(
+            list(slots.values()), bucket=work.bucket, num_steps=work.num_steps, until_free=work.until_free
         )
         chosen = {
-            request_id: [int(t) for t in chosen_BN[slot] if t != NO_TOKEN] for request_id, slot in running.items()
+            request_id: read_row(choices, slot, self._outputs[request_id].stream.request.sampling.logprobs)
+            for request_id, slot in slots.items()
         }
         with self._wake:
-            self._counts["decode_steps"] += max(map(len, chosen.values()))
-            for request_id, tokens in chosen.items():
+            self._counts["decode_steps"] += max(len(tokens) for tokens, _ in chosen.values())
+            for request_id, (tokens, _) in chosen.items():
                 self._scheduler.advance(request_id, len(tokens))
-        for request_id, tokens in chosen.items():
-            self._deliver(request_id, tokens)
+        for request_id, (tokens, logprobs) in chosen.items():
+            self._deliver(request_id, tokens, logprobs)
 
-    def _dispatch(self, program: Program, *arguments: Any) -> np.ndarray:
-        """Run one program on the state and wait for what it chose."""
-        state, chosen = self._compiled[program](self._params, self._state, *arguments)
-        chosen = np.asarray(chosen)
-        self._state = state
-        with self._wake:
-            self._counts["dispatches"] += 1
-        return chosen
-
-    def _deliver(self, request_id: int, tokens: Sequence[int]) -> None:
+    def _deliver(self, request_id: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         """Put out a request's tokens and end it where they do; text that cannot be made ends this request alone."""
         output = self._outputs[request_id]
         error = None
         before = output.num_tokens
         try:
-            reason = output.push(tokens, time.perf_counter())
+            reason = output.push(tokens, time.perf_counter(), logprobs)
         except Exception as failure:
             log.exception("request %d: its tokens could not be put out", request_id)
             reason, error = Reason.ERROR, f"the output could not be decoded: {failure}"
@@ -386,7 +373,7 @@ class Engine:
 
     def _recover(self, work: Prefill | Decode, error: Exception) -> None:
         """End the requests that a failed dispatch was for, and all that run when it took the donated state with it."""
-        lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state))
+        lost = self._runner.is_lost()
         with self._wake:
             alone = [work.request_id] if isinstance(work, Prefill) and not lost else None
             failed = alone or list(self._scheduler.running)
@@ -394,7 +381,4 @@ class Engine:
                 if request_id in self._outputs:
                     self._finish(self._outputs[request_id], Reason.ERROR, f"the engine failed: {error}")
         if lost:
-            self._reset_state()
-
-    def _reset_state(self) -> None:
-        self._state = self._compiled[Program("init", self.max_context)]()
+            self._runner.reset()

@@ -70,6 +70,7 @@ class _EngineCollector(Collector):
         for name, (value, meaning) in gauges.items():
             yield GaugeMetricFamily(f"gcompute_{name}", meaning, value=value)
         counters = {
+            "compilations_after_warmup": (stats.num_late_compilations, "compilations once requests were taken"),
             "dispatches": (stats.num_dispatches, "programs run"),
             "decode_steps": (stats.num_decode_steps, "decode steps run"),
             "prompt_tokens": (stats.num_prompt_tokens, "prompt tokens read"),

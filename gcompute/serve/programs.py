@@ -5,7 +5,7 @@ the first `bucket` cells of each. Whatever belongs to a request is data, so thes
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,11 +18,12 @@ from jaxtyping import Array, Bool, Int
 from gcompute.config.model import ModelConfig
 from gcompute.model.kv_cache import KVCache, init_cache
 from gcompute.model.transformer import Execution, Params, forward, unstack
-from gcompute.serve.request import Request, seed_words
-from gcompute.serve.sampler import SamplingRows, sample
+from gcompute.serve.adjustments import NO_TOKEN, AdjustmentRows, adjust, is_end
+from gcompute.serve.choices import Choices
+from gcompute.serve.request import MAX_BIASES, MAX_STOP_TOKENS, Request, seed_words
+from gcompute.serve.sampler import SamplingRows, quiet, sample
 from gcompute.serve.scheduler import make_buckets
 
-NO_TOKEN = -1
 MATMUL_WEIGHT = re.compile(r"(q|k|v|o|up|gate|down|head|embedding)_[A-Z]+")
 
 
@@ -31,16 +32,18 @@ MATMUL_WEIGHT = re.compile(r"(q|k|v|o|up|gate|down|head|embedding)_[A-Z]+")
 class EngineState:
     """All that lives on the device between dispatches; B is the slots. A slot that is not active holds leftovers.
 
-    length: cells of the cache in use. token: chosen last, not in the cache yet. remaining: tokens still to choose.
-    end: the token that ends the row, or NO_TOKEN.
+    history: the token of each cell of the cache. length: cells in use. token: chosen last, not in the cache yet.
+    remaining: tokens still to choose. reported: log-probabilities are asked for.
     """
 
     cache: KVCache
+    history: Int[Array, "b s"]
     length: Int[Array, "b"]
     token: Int[Array, "b"]
     active: Bool[Array, "b"]
     remaining: Int[Array, "b"]
-    end: Int[Array, "b"]
+    reported: Bool[Array, "b"]
+    adjustments: AdjustmentRows
     rows: SamplingRows
 
 
@@ -53,7 +56,8 @@ class Admission:
     num_tokens: Int[Array, ""]
     slot: Int[Array, ""]
     max_tokens: Int[Array, ""]
-    end: Int[Array, ""]
+    reported: Bool[Array, "1"]
+    adjustments: AdjustmentRows
     rows: SamplingRows
 
 
@@ -103,11 +107,22 @@ def empty_state(shape: EngineShape) -> EngineState:
     b = shape.slots
     return EngineState(
         cache=init_cache(shape.model, batch=b, length=shape.max_context, dtype=shape.execution.compute),
+        history=jnp.zeros((b, shape.max_context), jnp.int32),
         length=jnp.zeros(b, jnp.int32),
         token=jnp.zeros(b, jnp.int32),
         active=jnp.zeros(b, bool),
         remaining=jnp.zeros(b, jnp.int32),
-        end=jnp.full(b, NO_TOKEN, jnp.int32),
+        reported=jnp.zeros(b, bool),
+        adjustments=AdjustmentRows(
+            presence=jnp.zeros(b, jnp.float32),
+            frequency=jnp.zeros(b, jnp.float32),
+            repetition=jnp.ones(b, jnp.float32),
+            bias_ids=jnp.full((b, MAX_BIASES), NO_TOKEN, jnp.int32),
+            bias=jnp.zeros((b, MAX_BIASES), jnp.float32),
+            ends=jnp.full((b, 1 + MAX_STOP_TOKENS), NO_TOKEN, jnp.int32),
+            num_prompt=jnp.zeros(b, jnp.int32),
+            min_tokens=jnp.zeros(b, jnp.int32),
+        ),
         rows=SamplingRows(
             temperature=jnp.zeros(b, jnp.float32),
             top_k=jnp.zeros(b, jnp.int32),
@@ -119,18 +134,35 @@ def empty_state(shape: EngineShape) -> EngineState:
 
 
 def admission(request: Request, *, slot: int, bucket: int, end: int, seed: int) -> Admission:
-    """The host's arrays for one request, ready for prefill[bucket]; making them compiles nothing."""
+    """The host's arrays for one request, ready for prefill[bucket]; making them compiles nothing.
+
+    end: the token that ends the output beside the request's own stop ids, or NO_TOKEN.
+    """
 
     def host(values: Any, dtype: Any) -> Any:
         return np.asarray(values, dtype)
 
+    def filled(values: Sequence[float], size: int, fill: int) -> list[list[float]]:
+        return [[*values, *[fill] * (size - len(values))]]
+
     sampling, prompt = request.sampling, request.prompt
+    bias_ids, bias = [token for token, _ in sampling.logit_bias], [amount for _, amount in sampling.logit_bias]
     return Admission(
         tokens=host([prompt + (0,) * (bucket - len(prompt))], np.int32),
         num_tokens=host(len(prompt), np.int32),
         slot=host(slot, np.int32),
         max_tokens=host(sampling.max_tokens, np.int32),
-        end=host(end, np.int32),
+        reported=host([sampling.logprobs is not None], bool),
+        adjustments=AdjustmentRows(
+            presence=host([sampling.presence_penalty], np.float32),
+            frequency=host([sampling.frequency_penalty], np.float32),
+            repetition=host([sampling.repetition_penalty], np.float32),
+            bias_ids=host(filled(bias_ids, MAX_BIASES, NO_TOKEN), np.int32),
+            bias=host(filled(bias, MAX_BIASES, 0), np.float32),
+            ends=host(filled([end, *sampling.stop_token_ids], 1 + MAX_STOP_TOKENS, NO_TOKEN), np.int32),
+            num_prompt=host([len(prompt)], np.int32),
+            min_tokens=host([sampling.min_tokens], np.int32),
+        ),
         rows=SamplingRows(
             temperature=host([sampling.temperature], np.float32),
             top_k=host([sampling.top_k], np.int32),
@@ -143,7 +175,7 @@ def admission(request: Request, *, slot: int, bucket: int, end: int, seed: int) 
 
 def prefill(
     params: Params, state: EngineState, new: Admission, *, model: ModelConfig, execution: Execution
-) -> tuple[EngineState, Int[Array, ""]]:
+) -> tuple[EngineState, Choices]:
     """Read a prompt into its slot and choose its first token.
 
     The padding's keys and values go into the slot too: each cell is written again before any query can see it.
@@ -158,21 +190,27 @@ def prefill(
         cache=init_cache(model, batch=1, length=bucket, dtype=execution.compute),
         logits_at_B=new.num_tokens[None] - 1,
     )
-    token = sample(logits_1V, new.rows, new.num_tokens[None])[0]
+    position_1 = new.num_tokens[None]
+    adjusted_1V = adjust(logits_1V, new.adjustments, new.tokens, position_1, jnp.ones(1, bool))
+    token_1 = sample(adjusted_1V, new.rows, position_1)
+    choices = Choices.empty(1, 1, model.vocab).put(jnp.int32(0), token_1, logits_1V, new.reported)
+    token, ended = token_1[0], is_end(token_1, new.adjustments)[0]
 
     def insert(whole: Array, row: Array) -> Array:
         return jax.lax.dynamic_update_slice(whole, row, (new.slot,) + (0,) * (whole.ndim - 1))
 
     state = EngineState(
         cache=jax.tree.map(insert, state.cache, small),
+        history=insert(state.history, new.tokens),
         length=state.length.at[new.slot].set(new.num_tokens),
         token=state.token.at[new.slot].set(token),
-        active=state.active.at[new.slot].set((new.max_tokens > 1) & (token != new.end)),
+        active=state.active.at[new.slot].set((new.max_tokens > 1) & ~ended),
         remaining=state.remaining.at[new.slot].set(new.max_tokens - 1),
-        end=state.end.at[new.slot].set(new.end),
+        reported=insert(state.reported, new.reported),
+        adjustments=jax.tree.map(insert, state.adjustments, new.adjustments),
         rows=jax.tree.map(insert, state.rows, new.rows),
     )
-    return state, token
+    return state, choices
 
 
 def decode(
@@ -186,55 +224,64 @@ def decode(
     execution: Execution,
     bucket: int,
     decode_steps: int,
-) -> tuple[EngineState, Int[Array, "b n"]]:
+) -> tuple[EngineState, Choices]:
     """Up to `num_steps` tokens for each active row that the host still calls running; NO_TOKEN where none was chosen.
 
     A step writes the row's last token at position `length` and chooses the one at `length + 1`. The loop ends early
     when no row is active, and with `until_free` as soon as one ends. The steps work on the first `bucket` cells, which
     are copied out before the loop and back after it, and not once a step.
     """
-    whole = state.cache
-    state = replace(state, cache=jax.tree.map(lambda leaf: leaf[:, :bucket], whole), active=state.active & running_B)
+    whole = (state.cache, state.history)
+    cache, history_BS = jax.tree.map(lambda leaf: leaf[:, :bucket], whole)
+    state = replace(state, cache=cache, history=history_BS, active=state.active & running_B)
     first_active_B = state.active
+    # Leftovers of free slots ask for nothing.
+    rows = quiet(state.rows, first_active_B)
 
-    def more(carry: tuple[Array, EngineState, Array]) -> Array:
+    def more(carry: tuple[Array, EngineState, Choices]) -> Array:
         step, state, _ = carry
         one_ended = jnp.any(first_active_B & ~state.active)
         return (step < num_steps) & jnp.any(state.active) & ~(until_free & one_ended)
 
-    def take_step(carry: tuple[Array, EngineState, Array]) -> tuple[Array, EngineState, Array]:
-        step, state, chosen_BN = carry
+    def take_step(carry: tuple[Array, EngineState, Choices]) -> tuple[Array, EngineState, Choices]:
+        step, state, choices = carry
+        # A row that is not active may be longer than the bucket; it must only stay inside the model's positions.
+        at_B = jnp.minimum(state.length, bucket - 1)
         logits_BV, cache = forward(
             params,
             state.token[:, None],
             config=model,
             execution=execution,
-            # A row that is not active may be longer than the bucket; it must only stay inside the model's positions.
-            positions_BT=jnp.minimum(state.length, bucket - 1)[:, None],
+            positions_BT=at_B[:, None],
             cache=state.cache,
             logits_at_B=jnp.zeros_like(state.length),
         )
-        token_B = sample(logits_BV, state.rows, state.length + 1)
         active_B = state.active
+        history_BS = jax.vmap(lambda row_S, at, token: row_S.at[at].set(token))(state.history, at_B, state.token)
+        position_B = state.length + 1
+        token_B = sample(adjust(logits_BV, state.adjustments, history_BS, position_B, active_B), rows, position_B)
         remaining_B = state.remaining - active_B
-        chosen_BN = chosen_BN.at[:, step].set(jnp.where(active_B, token_B, NO_TOKEN))
+        shown_B = jnp.where(active_B, token_B, NO_TOKEN)
+        choices = choices.put(step, shown_B, logits_BV, state.reported & active_B)
         state = replace(
             state,
             cache=cache,
+            history=history_BS,
             length=state.length + active_B,
             token=jnp.where(active_B, token_B, state.token),
-            active=active_B & (token_B != state.end) & (remaining_B > 0),
+            active=active_B & ~is_end(token_B, state.adjustments) & (remaining_B > 0),
             remaining=remaining_B,
         )
-        return step + 1, state, chosen_BN
+        return step + 1, state, choices
 
-    chosen_BN = jnp.full((running_B.shape[0], decode_steps), NO_TOKEN, jnp.int32)
-    _, state, chosen_BN = jax.lax.while_loop(more, take_step, (jnp.int32(0), state, chosen_BN))
+    choices = Choices.empty(running_B.shape[0], decode_steps, model.vocab)
+    _, state, choices = jax.lax.while_loop(more, take_step, (jnp.int32(0), state, choices))
 
     def put_back(whole: Array, part: Array) -> Array:
         return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
 
-    return replace(state, cache=jax.tree.map(put_back, whole, state.cache)), chosen_BN
+    cache, history_BS = jax.tree.map(put_back, whole, (state.cache, state.history))
+    return replace(state, cache=cache, history=history_BS), choices
 
 
 def compile_program(program: Program, params: Params, shape: EngineShape) -> Callable[..., Any]:

@@ -1,88 +1,58 @@
-"""The OpenAI completions protocol as plain values: JSON in, requests out; events in, JSON out; errors in its shape.
+"""The OpenAI completions protocol as plain values: JSON in, requests out; completions and events in, JSON out."""
 
-Parameters that OpenAI or vLLM have and this server has not are accepted where their value asks for nothing (null, or
-the neutral value listed in NEUTRAL) and refused otherwise, as are unknown ones: none is silently ignored.
-"""
-
-import json
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gcompute.config.fields import nearest
 from gcompute.serve.engine import Engine
-from gcompute.serve.request import NotReady, QueueFull, Request, RequestError, Sampling, check_fits
-from gcompute.serve.stream import Reason, Usage
+from gcompute.serve.parameters import (
+    SHARED,
+    check_model,
+    read_count,
+    read_field,
+    read_object,
+    read_sampling,
+    read_stream_options,
+    short,
+)
+from gcompute.serve.reports import completions_logprobs
+from gcompute.serve.request import MAX_STOP_TOKENS, Request, RequestError, Sampling, check_fits
+from gcompute.serve.stream import Completion, Finished, Tokens, Usage
 
 DEFAULT_MAX_TOKENS = 16
-MAX_N = 16
-RETRY_AFTER_S = 1
 
-# Read, or harmless: `user` names the end user and changes nothing.
-KNOWN = (
-    *("model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stream"),
-    *("stream_options", "n", "echo", "ignore_eos", "user"),
-)
+KNOWN = (*SHARED, "prompt", "echo", "best_of")
 # Parameters of OpenAI's and vLLM's completions that are not built, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (),
     "prompt_logprobs": (),
     "suffix": ("",),
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
     "skip_special_tokens": (False,),
 }
 
 
-@dataclass(kw_only=True, eq=False)
-class HttpError(Exception):
-    """An answer that is not 200, in OpenAI's shape."""
-
-    status: int
-    message: str
-    kind: str = "invalid_request_error"
-    param: str | None = None
-    code: str | None = None
-    retry_after_s: int | None = None
-
-    def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
-
-
-def http_error(error: Exception) -> HttpError:
-    """The answer that an exception of the engine or of parsing stands for."""
-    match error:
-        case HttpError():
-            return error
-        case RequestError():
-            return HttpError(status=400, message=str(error), param=error.param, code=error.code)
-        case QueueFull():
-            message, kind, code = str(error), "rate_limit_error", "queue_full"
-            return HttpError(status=429, message=message, kind=kind, code=code, retry_after_s=RETRY_AFTER_S)
-        case NotReady():
-            message, kind, code = str(error), "service_unavailable", "not_ready"
-            return HttpError(status=503, message=message, kind=kind, code=code, retry_after_s=RETRY_AFTER_S)
-        case _:
-            return HttpError(status=500, message="the server failed on this request.", kind="server_error")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """One completions call: a request for each choice, and how to answer. echoes: prompt text before each choice."""
+    """One call: its requests, and how to answer.
+
+    echoes: prompt text before each request's output. num_shown: choices shown for a prompt, the best of its requests.
+    logprobs: whether choices report them.
+    """
 
     model: str
     requests: tuple[Request, ...]
     echoes: tuple[str, ...]
     num_prompts: int
+    num_shown: int
     stream: bool
     include_usage: bool
     continuous_usage: bool
+    logprobs: bool
+
+    @property
+    def num_per_prompt(self) -> int:
+        return len(self.requests) // self.num_prompts
 
 
 def parse_ask(body: bytes, *, engine: Engine, model_name: str) -> Ask:
@@ -91,91 +61,90 @@ def parse_ask(body: bytes, *, engine: Engine, model_name: str) -> Ask:
     Raises:
       HttpError: unknown model. RequestError: anything else that is wrong with it; `param` names what.
     """
-    fields = _object(body)
-    model = _field(fields, "model", str, model_name)
-    if model != model_name:
-        message = f"The model `{_short(model)}` does not exist. This server has `{model_name}`."
-        raise HttpError(status=404, message=message, param="model", code="model_not_found")
-    n = _field(fields, "n", int, 1)
-    if not 1 <= n <= MAX_N:
-        raise RequestError(f"n must be from 1 to {MAX_N}, got {_short(n)}.", param="n")
+    fields = read_object(body, known=KNOWN, neutral=NEUTRAL)
+    check_model(fields, model_name)
+    n = read_count(fields, "n", 1, 1)
+    best_of = read_count(fields, "best_of", n, n)
     prompts = _prompts(fields.get("prompt"), engine)
-    num_choices = len(prompts) * n
+    logprobs = read_field(fields, "logprobs", int, None)
+    echo = read_field(fields, "echo", bool, False)
+    if echo and logprobs is not None:
+        raise RequestError("logprobs of an echoed prompt are not reported: leave out echo or logprobs.", param="echo")
+    ask = make_ask(
+        fields,
+        engine=engine,
+        model_name=model_name,
+        prompts=[ids for _, ids in prompts],
+        each=best_of,
+        shown=n,
+        logprobs=logprobs,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+    )
+    if not echo:
+        return ask
+    # The ids are known to be the model's by now.
+    texts = [text if text is not None else engine.decode(ids) for text, ids in prompts]
+    return replace(ask, echoes=tuple(text for text in texts for _ in range(best_of)))
+
+
+def make_ask(
+    fields: dict[str, Any],
+    *,
+    engine: Engine,
+    model_name: str,
+    prompts: Sequence[tuple[int, ...]],
+    each: int,
+    shown: int,
+    logprobs: int | None,
+    default_max_tokens: int,
+    more_stop: str | None = None,
+    more_end: int | None = None,
+) -> Ask:
+    """The call that `fields` and the prompts read from them make; `each` requests a prompt, of which `shown` are shown.
+
+    more_stop: the stop string of calls that have none. more_end: a token that ends the output as end of text does.
+
+    Raises:
+      RequestError: it can never be served.
+    """
+    num_choices = len(prompts) * each
     if num_choices > engine.max_choices:
         message = f"prompt asks for {num_choices} choices at once; this server takes at most {engine.max_choices}."
         raise RequestError(message, param="prompt")
-    stream = _field(fields, "stream", bool, False)
-    options = _stream_options(fields, stream)
-    _field(fields, "user", str, "")
-    requests, echoes = [], []
-    echo = _field(fields, "echo", bool, False)
-    for text, ids in prompts:
-        sampling = _sampling(fields, room=engine.max_context - len(ids))
-        # Checked before an echo decodes the ids.
+    stream = read_field(fields, "stream", bool, False)
+    if stream and each > shown:
+        raise RequestError("best_of needs all its choices before the first can be shown: not streamed.", param="stream")
+    options = read_stream_options(fields, stream)
+    read_field(fields, "user", str, "")
+    requests = []
+    for ids in prompts:
+        # Without max_tokens no more is made than fits.
+        room = max(1, min(default_max_tokens, engine.max_context - len(ids)))
+        # Choosing the best needs the log-probabilities too.
+        reported = 0 if logprobs is None and each > shown else logprobs
+        sampling = read_sampling(fields, max_tokens=room, logprobs=reported)
+        if more_stop is not None and not sampling.stop:
+            sampling = replace(sampling, stop=(more_stop,))
+        if more_end is not None and not sampling.ignore_eos and len(sampling.stop_token_ids) < MAX_STOP_TOKENS:
+            sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, more_end))
         check_fits(Request(prompt=ids, sampling=sampling), vocab=engine.config.vocab, max_context=engine.max_context)
-        shown = "" if not echo else text if text is not None else engine.decode(ids)
-        for choice in range(n):
-            # One seed for all choices would make them equal.
-            seed = None if sampling.seed is None else (sampling.seed + choice) % 2**64
-            requests.append(Request(prompt=ids, sampling=replace(sampling, seed=seed)))
-            echoes.append(shown)
+        requests += [Request(prompt=ids, sampling=_reseeded(sampling, choice)) for choice in range(each)]
     return Ask(
-        model=model,
+        model=model_name,
         requests=tuple(requests),
-        echoes=tuple(echoes),
+        echoes=("",) * len(requests),
         num_prompts=len(prompts),
+        num_shown=shown,
         stream=stream,
         include_usage=options.get("include_usage", False),
         continuous_usage=options.get("continuous_usage_stats", False),
+        logprobs=logprobs is not None,
     )
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        fields = json.loads(body, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise RequestError(f"The body is not valid JSON: {_short(reason, 120)}.", code="invalid_json") from None
-    if not isinstance(fields, dict):
-        raise RequestError("The body must be a JSON object.", code="invalid_json")
-    legal = (*KNOWN, *NEUTRAL)
-    for name, value in fields.items():
-        if name not in legal:
-            raise RequestError(
-                f"Unknown parameter: {_short(name)!r}. {nearest(_short(name), legal)}", param=_short(name)
-            )
-        if name in NEUTRAL and value is not None and not _is_neutral(value, NEUTRAL[name]):
-            raise RequestError(f"{name} is not supported by this server: leave it out.", param=name)
-    return fields
-
-
-def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
-    # 0 == False and 1 == True in Python, and not in JSON.
-    return any(value == legal and isinstance(value, bool) == isinstance(legal, bool) for legal in neutral)
-
-
-def _field(fields: dict[str, Any], name: str, kind: type, default: Any) -> Any:
-    """A field of the given type; null is the same as absent."""
-    value = fields.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        word = {str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}[kind]
-        raise RequestError(f"{name} must be {word}, got {_short(value)}.", param=name)
-    return value
-
-
-def _stream_options(fields: dict[str, Any], stream: bool) -> dict[str, bool]:
-    options = _field(fields, "stream_options", dict, {})
-    if options and not stream:
-        raise RequestError("stream_options needs stream to be true.", param="stream_options")
-    for name in options:
-        if name not in ("include_usage", "continuous_usage_stats"):
-            raise RequestError(f"Unknown parameter: 'stream_options.{_short(name)}'.", param="stream_options")
-    return {name: _field(options, name, bool, False) for name in options}
+def _reseeded(sampling: Sampling, choice: int) -> Sampling:
+    """One seed for all choices would make them equal."""
+    return sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + choice) % 2**64)
 
 
 def _prompts(prompt: Any, engine: Engine) -> list[tuple[str | None, tuple[int, ...]]]:
@@ -186,7 +155,7 @@ def _prompts(prompt: Any, engine: Engine) -> list[tuple[str | None, tuple[int, .
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise RequestError(
-            f"prompt must be a string, strings, or token ids, and not empty; got {_short(prompt)}.", param="prompt"
+            f"prompt must be a string, strings, or token ids, and not empty; got {short(prompt)}.", param="prompt"
         )
     if len(prompt) > engine.max_choices:
         raise RequestError(f"prompt holds {len(prompt)} prompts; the most is {engine.max_choices}.", param="prompt")
@@ -197,7 +166,7 @@ def _prompts(prompt: Any, engine: Engine) -> list[tuple[str | None, tuple[int, .
         elif isinstance(item, list) and all(map(_is_id, item)):
             read.append((None, tuple(item)))
         else:
-            raise RequestError(f"prompt holds {_short(item)}: neither a string nor token ids.", param="prompt")
+            raise RequestError(f"prompt holds {short(item)}: neither a string nor token ids.", param="prompt")
     return read
 
 
@@ -205,61 +174,74 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _sampling(fields: dict[str, Any], *, room: int) -> Sampling:
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos")
-    given = {name: fields[name] for name in names if fields.get(name) is not None}
-    # Without max_tokens OpenAI makes 16, and we no more than fit.
-    given.setdefault("max_tokens", max(1, min(DEFAULT_MAX_TOKENS, room)))
-    # vLLM's way to say "all".
-    if given.get("top_k") == -1:
-        given["top_k"] = 0
-    stop = fields.get("stop")
-    stop = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else stop
-    return Sampling(**given, stop=stop)
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    """A value as a line that is safe in a message, whatever its size or its characters."""
-    text = value if isinstance(value, str) else repr(value)
-    text = " ".join(text[: limit + 1].encode(errors="replace").decode().split())
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
 class Answer:
-    """Builds the JSON of one call, whole or in chunks."""
+    """Builds the JSON of one completions call, whole or in chunks."""
 
-    def __init__(self, ask: Ask):
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(self, ask: Ask, engine: Engine):
         self._ask = ask
-        self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": ask.model,
-        }
+        self._engine = engine
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": ask.model}
+        # Where the next token's text begins in each choice.
+        self._offsets = [len(echo) for echo in ask.echoes]
 
-    def whole(self, texts: list[str], reasons: list[Reason], usages: list[Usage]) -> dict[str, Any]:
-        choices = [choice(index, text, reasons[index]) for index, text in enumerate(texts)]
-        return {**self._head, "choices": choices, "usage": self.usage(usages)}
+    def whole(self, done: Sequence[Completion]) -> dict[str, Any]:
+        """The answer that the completions of all requests make."""
+        size, choices = self._ask.num_per_prompt, []
+        for first in range(0, len(done), size):
+            group = list(range(first, first + size))
+            if size > self._ask.num_shown:
+                group.sort(key=lambda index: -_mean_logprob(done[index]))
+            choices += [self.choice(index, done[index]) for index in group[: self._ask.num_shown]]
+        numbered = [{**choice, "index": index} for index, choice in enumerate(choices)]
+        usage = self.usage([one.usage for one in done])
+        return {**self._head, "object": self.kind, "choices": numbered, "usage": usage}
 
-    def chunk(self, index: int, text: str, reason: Reason | None, usage: Usage | None) -> dict[str, Any]:
-        body = {**self._head, "choices": [choice(index, text, reason)]}
-        if self._ask.include_usage or self._ask.continuous_usage:
-            body["usage"] = usage_json(usage) if usage is not None and self._ask.continuous_usage else None
-        return body
+    def opening(self) -> list[dict[str, Any]]:
+        """Chunks that come before any token."""
+        return []
+
+    def chunk(self, index: int, event: Tokens | Finished, usage: Usage, echo: str) -> dict[str, Any]:
+        """One event of a request as a chunk, with the prompt's text before it where that is still to come."""
+        body = {**self._head, "object": self.chunk_kind, "choices": [self.delta(index, event, echo)]}
+        return {**body, **self.usage_field(usage if self._ask.continuous_usage else None)}
 
     def last_chunk(self, usages: list[Usage]) -> dict[str, Any]:
-        return {**self._head, "choices": [], "usage": self.usage(usages)}
+        return {**self._head, "object": self.chunk_kind, "choices": [], "usage": self.usage(usages)}
+
+    def usage_field(self, usage: Usage | None) -> dict[str, Any]:
+        """The usage of a chunk: absent where not asked for, null where it comes with the last."""
+        if not (self._ask.include_usage or self._ask.continuous_usage):
+            return {}
+        return {"usage": None if usage is None else usage_json(usage)}
 
     def usage(self, usages: list[Usage]) -> dict[str, int]:
-        """The sum over choices, where a prompt that has several choices counts once."""
-        per_prompt = len(usages) // self._ask.num_prompts
-        prompt_tokens = sum(usage.prompt_tokens for usage in usages[::per_prompt])
+        """The sum over requests, where a prompt that has several counts once."""
+        prompt_tokens = sum(usage.prompt_tokens for usage in usages[:: self._ask.num_per_prompt])
         completion_tokens = sum(usage.completion_tokens for usage in usages)
         return usage_json(Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens))
 
+    def choice(self, index: int, done: Completion) -> dict[str, Any]:
+        text = self._ask.echoes[index] + done.text
+        logprobs = self._logprobs(index, done.logprobs)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": done.reason}
 
-def choice(index: int, text: str, reason: Reason | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def delta(self, index: int, event: Tokens | Finished, echo: str) -> dict[str, Any]:
+        ended = isinstance(event, Finished)
+        logprobs = None if ended else self._logprobs(index, event.logprobs)
+        reason = event.reason if ended else None
+        return {"index": index, "text": echo + event.text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, index: int, reports: Sequence[Any]) -> dict[str, Any] | None:
+        if not self._ask.logprobs:
+            return None
+        body, self._offsets[index] = completions_logprobs(reports, self._engine.spell, self._offsets[index])
+        return body
+
+
+def _mean_logprob(done: Completion) -> float:
+    return sum(one.logprob for one in done.logprobs) / max(1, len(done.logprobs))
 
 
 def usage_json(usage: Usage) -> dict[str, int]:

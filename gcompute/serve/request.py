@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKENS = 16
+MAX_BIASES = 64
+MAX_TOP_LOGPROBS = 20
 
 
 class RequestError(ValueError):
@@ -31,11 +34,18 @@ def _check(value: object, param: str, *, whole: bool, low: float, high: float, l
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen and when to stop. Temperature acts first, then top-k, top-p and min-p.
+    """How tokens are chosen and when to stop. In order: logit_bias, repetition, frequency and presence penalty, the
+    end held back by min_tokens, temperature, top-k, top-p, min-p.
 
     temperature: 0 is greedy. top_k: keep the k most likely; 0 keeps all. top_p: keep the most likely tokens that
     together reach this probability. min_p: keep tokens at least this share as likely as the most likely one.
     seed: the same seed gives the same tokens; None draws one. stop: strings that end the output and are not in it.
+    stop_token_ids: token ids that do the same. ignore_eos: the end-of-text token is a token like any other.
+    min_tokens: until so many are chosen no end-of-text token or stop id is, and no stop string is looked for.
+    presence_penalty, frequency_penalty: subtracted from the logit of a token once, and each time, that the output has
+    it. repetition_penalty: divides a positive logit and multiplies a negative one where prompt or output has the token.
+    logit_bias: (token id, added to its logit) pairs. logprobs: how many of the most likely tokens to report beside each
+    chosen one, by the model's own probabilities, before any setting acts; None reports nothing.
 
     Raises:
       RequestError: a value has the wrong type or is out of range.
@@ -48,17 +58,33 @@ class Sampling:
     min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         int32 = 2**31 - 1
         _check(self.max_tokens, "max_tokens", whole=True, low=1, high=int32, legal="a whole number of at least 1")
         _check(self.temperature, "temperature", whole=False, low=0, high=1e6, legal="a number from 0 to 1e6")
         _check(self.top_k, "top_k", whole=True, low=0, high=int32, legal="a whole number of at least 0 (0: all)")
-        _check(self.top_p, "top_p", whole=False, low=0, high=1, legal="a number from 0 to 1")
-        _check(self.min_p, "min_p", whole=False, low=0, high=1, legal="a number from 0 to 1")
+        for name in ("top_p", "min_p"):
+            _check(getattr(self, name), name, whole=False, low=0, high=1, legal="a number from 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(getattr(self, name), name, whole=False, low=-2, high=2, legal="a number from -2 to 2")
+        legal = "a number from 0.01 to 100"
+        _check(self.repetition_penalty, "repetition_penalty", whole=False, low=0.01, high=100, legal=legal)
+        legal = f"a whole number from 0 to max_tokens, which is {self.max_tokens}"
+        _check(self.min_tokens, "min_tokens", whole=True, low=0, high=self.max_tokens, legal=legal)
         if self.seed is not None:
             _check(self.seed, "seed", whole=True, low=-(2**63), high=2**64 - 1, legal="a 64-bit whole number")
+        if self.logprobs is not None:
+            legal = f"a whole number from 0 to {MAX_TOP_LOGPROBS}"
+            _check(self.logprobs, "logprobs", whole=True, low=0, high=MAX_TOP_LOGPROBS, legal=legal)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(
                 f"ignore_eos must be true or false, got {str(self.ignore_eos)[:40]}.", param="ignore_eos"
@@ -67,6 +93,31 @@ class Sampling:
             raise RequestError("stop must be strings that are not empty.", param="stop")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}.", param="stop")
+        if not isinstance(self.stop_token_ids, tuple) or not all(map(_is_id, self.stop_token_ids)):
+            raise RequestError("stop_token_ids must be token ids.", param="stop_token_ids")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise RequestError(
+                f"stop_token_ids takes at most {MAX_STOP_TOKENS} ids, got {len(self.stop_token_ids)}.",
+                param="stop_token_ids",
+            )
+        self._check_bias()
+
+    def _check_bias(self) -> None:
+        if not isinstance(self.logit_bias, tuple) or not all(
+            isinstance(pair, tuple) and len(pair) == 2 and _is_id(pair[0]) for pair in self.logit_bias
+        ):
+            raise RequestError("logit_bias must be pairs of a token id and a number.", param="logit_bias")
+        if len(self.logit_bias) > MAX_BIASES:
+            message = f"logit_bias takes at most {MAX_BIASES} tokens, got {len(self.logit_bias)}."
+            raise RequestError(message, param="logit_bias")
+        for _, bias in self.logit_bias:
+            _check(bias, "logit_bias", whole=False, low=-100, high=100, legal="numbers from -100 to 100")
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            raise RequestError("logit_bias names a token twice.", param="logit_bias")
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +132,7 @@ def check_fits(request: Request, *, vocab: int, max_context: int) -> None:
     """Refuse a prompt that the model cannot read or that leaves too little room for its output.
 
     Raises:
-      RequestError: the prompt is empty, holds an unknown id, or prompt and output exceed `max_context` tokens.
+      RequestError: the prompt is empty, an id is unknown, or prompt and output exceed `max_context` tokens.
     """
     num_prompt, max_tokens = len(request.prompt), request.sampling.max_tokens
     if not num_prompt:
@@ -90,6 +141,13 @@ def check_fits(request: Request, *, vocab: int, max_context: int) -> None:
     if low < 0 or high >= vocab:
         wrong = low if low < 0 else high
         raise RequestError(f"prompt holds token id {wrong}; this model has ids 0 to {vocab - 1}.", param="prompt")
+    sampling = request.sampling
+    for param, ids in (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", [token for token, _ in sampling.logit_bias]),
+    ):
+        if ids and max(ids) >= vocab:
+            raise RequestError(f"{param} holds token id {max(ids)}; this model has ids 0 to {vocab - 1}.", param=param)
     if num_prompt + max_tokens > max_context:
         raise RequestError(
             f"This model's maximum context length is {max_context} tokens. However, you requested "

@@ -6,7 +6,7 @@ from p (the Gumbel-max trick: Gumbel 1954; Maddison et al. 2014).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,11 @@ def sample(logits_BV: Float[Array, "b v"], rows: SamplingRows, positions_B: Int[
 
     drawn_B = jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: greedy_B)
     return jnp.where(rows.temperature > 0, drawn_B, greedy_B)
+
+
+def quiet(rows: SamplingRows, live_B: Bool[Array, "b"]) -> SamplingRows:
+    """Rows that are not live made greedy, so that what they ask for is not computed."""
+    return replace(rows, temperature=jnp.where(live_B, rows.temperature, 0.0))
 
 
 def scale(logits_BV: Float[Array, "b v"], temperature_B: Float[Array, "b"]) -> Float[Array, "b v"]:

@@ -14,6 +14,7 @@ from gcompute.config.serve import ServeConfig
 from gcompute.serve.api import create_app
 from gcompute.serve.engine import Engine
 from gcompute.serve.request import NotReady
+from gcompute.serve.template import ChatTemplate
 
 BACKLOG = 1024
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -58,14 +59,31 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _make_server(engine: Engine, model_name: str) -> _Server:
-    app = create_app(engine, model_name=model_name)
+def _make_server(
+    engine: Engine, config: ServeConfig, model_name: str, template: ChatTemplate | None, api_key: str | None
+) -> _Server:
+    app = create_app(
+        engine,
+        model_name=model_name,
+        template=template,
+        api_key=api_key,
+        max_body_bytes=config.max_body_bytes,
+        timeout_s=config.timeout_s,
+    )
     return _Server(
         uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, backlog=BACKLOG)
     )
 
 
-def serve(engine: Engine, config: ServeConfig, *, model_name: str, announce: Callable[[str], None]) -> None:
+def serve(
+    engine: Engine,
+    config: ServeConfig,
+    *,
+    model_name: str,
+    announce: Callable[[str], None],
+    template: ChatTemplate | None = None,
+    api_key: str | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT; then refuse new requests, finish those accepted, and close the engine.
 
     The engine is started if it was not. `announce` hears the URL once requests are taken; until then, calls are
@@ -76,7 +94,7 @@ def serve(engine: Engine, config: ServeConfig, *, model_name: str, announce: Cal
       NotReady: the engine failed to start.
     """
     with contextlib.closing(bind(config.host, config.port)) as sock:
-        server = _make_server(engine, model_name)
+        server = _make_server(engine, config, model_name, template, api_key)
         finish = False
         try:
             engine.start()
@@ -114,14 +132,21 @@ async def _serve(server: _Server, sock: socket.socket, engine: Engine, announce:
 
 
 @contextlib.contextmanager
-def background(engine: Engine, config: ServeConfig, *, model_name: str) -> Iterator[str]:
+def background(
+    engine: Engine,
+    config: ServeConfig,
+    *,
+    model_name: str,
+    template: ChatTemplate | None = None,
+    api_key: str | None = None,
+) -> Iterator[str]:
     """Serve from another thread while the block runs, and yield the URL. The engine stays the caller's.
 
     Raises:
       ValueError: the address cannot be listened on.
     """
     with contextlib.closing(bind(config.host, config.port)) as sock:
-        server = _make_server(engine, model_name)
+        server = _make_server(engine, config, model_name, template, api_key)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), name="http", daemon=True)
         thread.start()
         try:

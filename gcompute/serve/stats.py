@@ -16,7 +16,10 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """What the engine is doing, and what it has done since it was made. Cells count tokens' keys and values."""
+    """What the engine is doing, and what it has done since it was made. Cells count tokens' keys and values.
+
+    num_late_compilations: those on the engine's thread after it was ready, which should be none.
+    """
 
     status: Status
     slots: int
@@ -25,6 +28,7 @@ class EngineStats:
     num_cells: int
     num_cells_used: int
     num_programs: int
+    num_late_compilations: int
     num_dispatches: int
     num_decode_steps: int
     num_prompt_tokens: int

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -48,11 +48,24 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """A chosen token, its log-probability, and the likeliest (token id, log-probability) pairs, likeliest first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """New token ids, and the text that is certain with them: a character or a stop string may still go on."""
+    """New token ids, and the text that is certain with them: a character or a stop string may still go on.
+
+    logprobs: one for each id where the request asks for them, and none otherwise.
+    """
 
     ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +92,7 @@ class Completion:
     usage: Usage
     timing: Timing
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class EventStream:
@@ -155,6 +169,7 @@ def completion(events: list[Event]) -> Completion:
         usage=last.usage,
         timing=last.timing,
         error=last.error,
+        logprobs=tuple(one for event in tokens if isinstance(event, Tokens) for one in event.logprobs),
     )
 
 
@@ -212,14 +227,14 @@ class Decoder(Protocol):
 class Output:
     """Turns the tokens chosen for one request into its events, and knows when they end it.
 
-    end: the id that ends the output, or a negative number. Times are seconds on one monotonic clock.
+    ends: the ids that end the output. Times are seconds on one monotonic clock.
     """
 
-    def __init__(self, stream: EventStream, *, decoder: Decoder | None, end: int, arrived_s: float):
+    def __init__(self, stream: EventStream, *, decoder: Decoder | None, ends: Collection[int], arrived_s: float):
         self.stream = stream
         self.num_tokens = 0
         self._decoder = decoder
-        self._end = end
+        self._ends = ends
         self._finder = StopFinder(stream.request.sampling.stop)
         self._arrived_s = arrived_s
         self._admitted_s: float | None = None
@@ -229,8 +244,9 @@ class Output:
         """Note that the request has its slot."""
         self._admitted_s = now_s
 
-    def push(self, tokens: Sequence[int], now_s: float) -> Reason | None:
+    def push(self, tokens: Sequence[int], now_s: float, logprobs: Sequence[TokenLogprobs] = ()) -> Reason | None:
         """Put out `tokens` up to the one that ends the request; return why it ended, or None."""
+        sampling = self.stream.request.sampling
         if self._first_token_s is None:
             self._first_token_s = now_s
         shown: list[int] = []
@@ -238,19 +254,21 @@ class Output:
         reason = None
         for token in tokens:
             self.num_tokens += 1
-            if token == self._end:
+            if token in self._ends:
                 reason = Reason.STOP
                 break
             shown.append(token)
-            text.append(self._finder.push(self._decoder.push(token)) if self._decoder else "")
+            piece = self._decoder.push(token) if self._decoder else ""
+            # Text of the first min_tokens ends nothing.
+            text.append(self._finder.push(piece) if self.num_tokens >= sampling.min_tokens else piece)
             if self._finder.found:
                 reason = Reason.STOP
                 break
-            if self.num_tokens == self.stream.request.sampling.max_tokens:
+            if self.num_tokens == sampling.max_tokens:
                 reason = Reason.LENGTH
                 break
         if shown:
-            self.stream.put(Tokens(ids=tuple(shown), text="".join(text)))
+            self.stream.put(Tokens(ids=tuple(shown), text="".join(text), logprobs=tuple(logprobs[: len(shown)])))
         return reason
 
     def finish(self, reason: Reason, now_s: float, error: str | None = None) -> Finished:

@@ -59,7 +59,7 @@ class Gate:
 @contextmanager
 def _before_each(engine: Engine, kind: str, action: Callable[[], None]) -> Iterator[None]:
     """Run `action` on the engine's thread before each program of a kind."""
-    originals = {program: run for program, run in engine._compiled.items() if program.kind == kind}
+    originals = {program: run for program, run in engine._runner.compiled.items() if program.kind == kind}
 
     def wrap(run):
         def wrapped(*arguments):
@@ -68,11 +68,11 @@ def _before_each(engine: Engine, kind: str, action: Callable[[], None]) -> Itera
 
         return wrapped
 
-    engine._compiled.update({program: wrap(run) for program, run in originals.items()})
+    engine._runner.compiled.update({program: wrap(run) for program, run in originals.items()})
     try:
         yield
     finally:
-        engine._compiled.update(originals)
+        engine._runner.compiled.update(originals)
 
 
 @pytest.fixture(scope="session")

@@ -11,15 +11,14 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from openai_calls import GREEDY, LOCAL, chunks_of, complete, error_of, metric, stream
 
 from gcompute.config.serve import ServeConfig
 from gcompute.serve import api, client
-from gcompute.serve.protocol import KNOWN, NEUTRAL, Ask, HttpError, http_error, parse_ask
+from gcompute.serve.errors import HttpError, http_error
+from gcompute.serve.protocol import KNOWN, NEUTRAL, Ask, parse_ask
 from gcompute.serve.request import RequestError, Sampling
 from gcompute.serve.server import background, bind, serve, url_of
-
-LOCAL = ServeConfig(port=0)
-GREEDY = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -32,37 +31,6 @@ def url(engine):
 def http(url):
     with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
         yield http
-
-
-def complete(http, **body):
-    response = http.post("/v1/completions", json=body)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def chunks_of(text: str) -> list:
-    lines = [line for line in text.split("\n\n") if line]
-    assert all(line.startswith("data: ") for line in lines)
-    data = [line.removeprefix("data: ") for line in lines]
-    return [chunk if chunk == "[DONE]" else json.loads(chunk) for chunk in data]
-
-
-def stream(http, **body):
-    response = http.post("/v1/completions", json={**body, "stream": True})
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("text/event-stream")
-    return chunks_of(response.text)
-
-
-def error_of(response, status, *, param=None, code=None) -> str:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    body = response.json()
-    assert list(body) == ["error"]
-    assert list(body["error"]) == ["message", "type", "param", "code"]
-    assert (body["error"]["param"], body["error"]["code"]) == (param, code)
-    assert "\n" not in body["error"]["message"]
-    return body["error"]["message"]
 
 
 def test_a_completion_is_the_engines_own_with_usage(http, engine):
@@ -181,10 +149,28 @@ def test_concurrent_calls_get_their_own_answers(http):
         ({"prompt": "a", "ignore_eos": "no"}, "ignore_eos"),
         ({"prompt": "a", "user": 5}, "user"),
         ({"prompt": "a", "model": 5}, "model"),
-        ({"prompt": "a", "logprobs": 0}, "logprobs"),
-        ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty"),
-        ({"prompt": "a", "best_of": 2}, "best_of"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs"),
+        ({"prompt": "a", "logprobs": True}, "logprobs"),
+        ({"prompt": "a", "logprobs": 2, "echo": True}, "echo"),
+        ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty"),
+        ({"prompt": "a", "frequency_penalty": "x"}, "frequency_penalty"),
+        ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty"),
+        ({"prompt": "a", "logit_bias": []}, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"257": 1}}, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"5": "1"}}, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"5": 1, "05": 1}}, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {str(token): 1 for token in range(65)}}, "logit_bias"),
+        ({"prompt": "a", "stop_token_ids": [257]}, "stop_token_ids"),
+        ({"prompt": "a", "stop_token_ids": ["a"]}, "stop_token_ids"),
+        ({"prompt": "a", "stop_token_ids": list(range(17))}, "stop_token_ids"),
+        ({"prompt": "a", "min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"prompt": "a", "n": 2, "best_of": 1}, "best_of"),
         ({"prompt": "a", "best_of": True}, "best_of"),
+        ({"prompt": "a", "best_of": 2, "stream": True}, "stream"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "temprature": 1}, "temprature"),
     ],
 )
@@ -248,11 +234,6 @@ def test_models_and_health(http):
     assert http.get("/v1/models/tiny").json() == listed["data"][0]
     assert listed["data"][0]["max_model_len"] == 64
     assert (http.get("/health").status_code, http.get("/health").json()) == (200, {"status": "ready"})
-
-
-def metric(http, name: str) -> float:
-    lines = http.get("/metrics").text.splitlines()
-    return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
 
 def test_metrics_count_what_was_done(http):

@@ -126,7 +126,7 @@ def test_the_state_is_donated_and_stays_in_place(params, config):
     for program in list_programs(16)[1:]:
         text = compile_program(program, ready, shape).as_text()
         aliased = text.split("input_output_alias={", 1)[1].split("entry_computation_layout", 1)[0]
-        num_leaves = 2 * config.layers + 5 + 5
+        num_leaves = 2 * config.layers + 6 + 8 + 5
         assert aliased.count("may-alias") + aliased.count("must-alias") == num_leaves, str(program)
 
 
@@ -207,7 +207,7 @@ def test_a_failed_prefill_ends_its_own_request_and_a_lost_state_those_that_ran(
     assert done[0].ids == solo_greedy(params, config, (1,), 20)
 
     def lose_state():
-        jax.tree.map(lambda leaf: leaf.delete(), engine._state)
+        jax.tree.map(lambda leaf: leaf.delete(), engine._runner.state)
         raise RuntimeError("forced")
 
     with before_each(engine, "decode", lose_state):

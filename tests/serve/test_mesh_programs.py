@@ -75,11 +75,11 @@ def serve(run_prefill, run_decode, config: ModelConfig):
     params, state, admitted, decoded = arguments(config)
     firsts, rows = [], []
     for new in admitted:
-        state, token = run_prefill(params, state, new)
-        firsts.append(int(token))
+        state, first = run_prefill(params, state, new)
+        firsts.append(int(first.token[0, 0]))
     for _ in range(2):
-        state, chosen_BN = run_decode(params, state, *decoded)
-        rows.append(np.asarray(chosen_BN))
+        state, choices = run_decode(params, state, *decoded)
+        rows.append(np.asarray(choices.token))
     return firsts, np.concatenate(rows, axis=1), state
 
 
@@ -94,13 +94,13 @@ def on_one_device(name: str):
     )
 
 
-def compile_on(mesh, config: ModelConfig, program: str):
+def compile_on(mesh, config: ModelConfig, program: str, *, max_context: int = CONTEXT):
     return lower_serve(
         config,
         mesh,
         program=program,
         slots=SLOTS,
-        max_context=CONTEXT,
+        max_context=max_context,
         prompt=BUCKET - 2,
         precision="float32",
         decode_steps=STEPS,
@@ -133,9 +133,11 @@ def test_caches_stay_where_they_are(text: str):
     shape = MeshShape.parse(text)
     mesh = build_mesh(shape)
     split = shape.data * shape.fsdp * (shape.tensor if DENSE.num_kv_heads % shape.tensor == 0 else 1)
-    cache_bytes = 4 * SLOTS * CONTEXT * DENSE.num_kv_heads * DENSE.head_size // split
+    # Long enough that keys are larger than the logits, which reporting log-probabilities gathers.
+    config = dataclasses.replace(DENSE, context=16 * CONTEXT)
+    cache_bytes = 4 * SLOTS * config.context * DENSE.num_kv_heads * DENSE.head_size // split
     for program in ("prefill", "decode"):
-        compiled = compile_on(mesh, DENSE, program)
+        compiled = compile_on(mesh, config, program, max_context=config.context)
         gathered = [one for one in read_collectives(compiled.as_text(), mesh) if one.kind != "all-reduce"]
         assert all(one.sent_bytes < cache_bytes / 2 for one in gathered)
         assert compiled.memory_analysis().alias_size_in_bytes >= 2 * DENSE.layers * cache_bytes

@@ -1,0 +1,94 @@
+"""What a request asks to be done to its logits before the choice: bias, penalties, and the end held back.
+
+    x += bias
+    x  = x / r where x > 0 else x * r      for tokens of prompt or output    (repetition penalty r)
+    x -= count * f + (count > 0) * p       count: times in the output        (frequency f and presence p)
+    x  = HELD                              for ends, until min_tokens are chosen
+
+A row depends on itself alone, and a step in which no row asks for anything computes nothing.
+
+Source: Keskar et al. 2019, CTRL, section 4.1 (repetition, in the form of transformers and vLLM, which do not reward
+negative logits); OpenAI API reference (frequency and presence). Read July 2025.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+NO_TOKEN = -1
+# Finite, so that a row whose every token is held still has a maximum to subtract.
+HELD = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdjustmentRows:
+    """The settings of each row. bias_ids and ends are filled up with NO_TOKEN; num_prompt: tokens of the prompt."""
+
+    presence: Float[Array, "b"]
+    frequency: Float[Array, "b"]
+    repetition: Float[Array, "b"]
+    bias_ids: Int[Array, "b n"]
+    bias: Float[Array, "b n"]
+    ends: Int[Array, "b e"]
+    num_prompt: Int[Array, "b"]
+    min_tokens: Int[Array, "b"]
+
+
+def adjust(
+    logits_BV: Float[Array, "b v"],
+    rows: AdjustmentRows,
+    tokens_BS: Int[Array, "b s"],
+    positions_B: Int[Array, "b"],
+    live_B: Bool[Array, "b"],
+) -> Float[Array, "b v"]:
+    """The logits to choose from for the token at `positions`, given the tokens before it.
+
+    tokens: the row's own at each position below `positions`, anything from there on. Rows that are not live hold
+    leftovers: what they ask for is not computed.
+    """
+    biased_B = live_B & jnp.any(rows.bias_ids != NO_TOKEN, axis=1)
+    penalised_B = live_B & ((rows.presence != 0) | (rows.frequency != 0) | (rows.repetition != 1))
+    held_B = live_B & (positions_B < rows.num_prompt + rows.min_tokens)
+
+    def change(x_BV: Array) -> Array:
+        x_BV = _add(x_BV, rows.bias_ids, rows.bias)
+        x_BV = jax.lax.cond(
+            jnp.any(penalised_B), lambda x: _penalise(x, rows, tokens_BS, positions_B), lambda x: x, x_BV
+        )
+        x_BV = _set(x_BV, jnp.where(held_B[:, None], rows.ends, NO_TOKEN), HELD)
+        return jnp.where((biased_B | penalised_B | held_B)[:, None], x_BV, logits_BV)
+
+    return jax.lax.cond(jnp.any(biased_B | penalised_B | held_B), change, lambda x: x, logits_BV)
+
+
+def is_end(token_B: Int[Array, "b"], rows: AdjustmentRows) -> Bool[Array, "b"]:
+    """Whether a token ends its row."""
+    return jnp.any(token_B[:, None] == rows.ends, axis=1)
+
+
+def _penalise(x_BV: Array, rows: AdjustmentRows, tokens_BS: Array, positions_B: Array) -> Array:
+    cells_1S = jnp.arange(tokens_BS.shape[1])[None]
+    before_BS = cells_1S < positions_B[:, None]
+    output_BS = before_BS & (cells_1S >= rows.num_prompt[:, None])
+    zeros_BV = jnp.zeros(x_BV.shape, x_BV.dtype)
+    seen_BV = _set(zeros_BV, jnp.where(before_BS, tokens_BS, NO_TOKEN), 1.0)
+    count_BV = _add(zeros_BV, tokens_BS, output_BS.astype(x_BV.dtype))
+    repetition_B1 = rows.repetition[:, None]
+    x_BV = jnp.where(seen_BV > 0, jnp.where(x_BV > 0, x_BV / repetition_B1, x_BV * repetition_B1), x_BV)
+    return x_BV - (rows.frequency[:, None] * count_BV + jnp.where(count_BV > 0, rows.presence[:, None], 0))
+
+
+# Mapped over rows, so that a mesh which splits the rows need not gather them. JAX counts negative ids from the end:
+# NO_TOKEN is sent beyond it, where it is dropped.
+@jax.vmap
+def _add(x_V: Array, ids_N: Array, amounts_N: Array) -> Array:
+    return x_V.at[jnp.where(ids_N == NO_TOKEN, x_V.shape[0], ids_N)].add(amounts_N, mode="drop")
+
+
+@partial(jax.vmap, in_axes=(0, 0, None))
+def _set(x_V: Array, ids_N: Array, value: float) -> Array:
+    return x_V.at[jnp.where(ids_N == NO_TOKEN, x_V.shape[0], ids_N)].set(value, mode="drop")

@@ -1,0 +1,266 @@
+"""Chat, log-probabilities in both shapes, best_of, API key and timeout, over HTTP."""
+
+import json
+import math
+
+import httpx
+import pytest
+from openai_calls import GREEDY, LOCAL, chunks_of, complete, error_of, metric
+
+from gcompute.config.serve import ServeConfig
+from gcompute.model.tokenizer import Tokenizer
+from gcompute.serve.request import Sampling
+from gcompute.serve.server import background
+from gcompute.serve.template import MARK, JinjaTemplate, Message, PlainTemplate, load_template
+
+HELLO = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+PROMPT = "system: Be kind.\nuser: Hi\nassistant:"
+PATH = "/v1/chat/completions"
+SHORT = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def http(engine):
+    with (
+        background(engine, LOCAL, model_name="tiny") as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as http,
+    ):
+        yield http
+
+
+def chat(http, **body):
+    response = http.post(PATH, json={"messages": HELLO, **SHORT, **body})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_a_chat_is_the_completion_of_its_template(http, engine):
+    body = chat(http, model="tiny")
+    expected = engine.generate([PROMPT], Sampling(**SHORT, stop=("\nuser:",)))[0]
+    assert body["object"] == "chat.completion"
+    assert body["id"].startswith("chatcmpl-")
+    message = {"role": "assistant", "content": expected.text, "refusal": None}
+    assert body["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}]
+    num = len(PROMPT)
+    assert body["usage"] == {"prompt_tokens": num, "completion_tokens": 8, "total_tokens": num + 8}
+    parts = [HELLO[0], {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]
+    assert chat(http, messages=parts)["choices"] == body["choices"]
+    rest = http.post(PATH, json={"messages": HELLO, "temperature": 0, "ignore_eos": True}).json()
+    assert rest["usage"]["total_tokens"] <= 64, "without max_tokens the answer may take all that fits"
+    assert chat(http, max_tokens=None, max_completion_tokens=3)["usage"]["completion_tokens"] == 3
+
+
+def test_a_streamed_chat_begins_with_the_role_and_ends_with_the_reason(http):
+    whole = chat(http, n=2, seed=3, temperature=1)
+    body = {"messages": HELLO, **SHORT, "n": 2, "seed": 3, "temperature": 1, "stream": True}
+    response = http.post(PATH, json={**body, "stream_options": {"include_usage": True}})
+    *chunks, usage, done = chunks_of(response.text)
+    assert done == "[DONE]"
+    assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert [chunk["choices"][0]["delta"] for chunk in chunks[:2]] == [{"role": "assistant", "content": ""}] * 2
+    text, reasons = ["", ""], [[], []]
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        text[choice["index"]] += choice["delta"].get("content", "")
+        reasons[choice["index"]].append(choice["finish_reason"])
+    assert text == [choice["message"]["content"] for choice in whole["choices"]]
+    for each in reasons:
+        assert each[:-1] == [None] * (len(each) - 1)
+        assert each[-1] == "length"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": ["hello"]}, "messages[0]"),
+        ({"messages": [{"content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0]"),
+        ({"messages": [HELLO[0], {"role": "user"}]}, "messages[1]"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"prompt": "x"}, "prompt"),
+    ],
+)
+def test_each_bad_chat_is_a_400_that_names_what(http, body, param):
+    content = json.dumps({"messages": HELLO, **body}).encode()
+    response = http.post(PATH, content=content)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"].startswith(param)
+
+
+def test_a_chat_that_is_too_long_and_an_unknown_model(http):
+    long = [{"role": "user", "content": "x" * 80}]
+    error_of(http.post(PATH, json={"messages": long}), 400, param="prompt", code="context_length_exceeded")
+    response = http.post(PATH, json={"messages": HELLO, "model": "gpt-5"})
+    error_of(response, 404, param="model", code="model_not_found")
+
+
+def test_logprobs_of_a_completion(http, engine, tokenizer):
+    own = engine.generate(["once"], Sampling(**GREEDY, logprobs=3))[0]
+    body = complete(http, prompt="once", logprobs=3, **GREEDY)["choices"][0]
+    report = body["logprobs"]
+    assert list(report) == ["tokens", "token_logprobs", "top_logprobs", "text_offset"]
+    assert {len(values) for values in report.values()} == {12}
+    assert report["token_logprobs"] == pytest.approx([one.logprob for one in own.logprobs])
+    for token, one, tops in zip(report["tokens"], own.logprobs, report["top_logprobs"], strict=True):
+        spelled = tokenizer.spell(one.token)
+        assert token == (spelled.decode() if spelled.isascii() else f"bytes:\\x{spelled[0]:02x}")
+        assert len(tops) == 3
+        # Greedy: the likeliest is the one chosen.
+        assert max(tops.values()) == pytest.approx(one.logprob)
+    assert report["text_offset"] == list(range(12))
+    response = http.post("/v1/completions", json={"prompt": "once", "logprobs": 3, "stream": True, **GREEDY})
+    joined: dict[str, list] = {name: [] for name in report}
+    for chunk in chunks_of(response.text)[:-1]:
+        for name, values in (chunk["choices"][0]["logprobs"] or {}).items():
+            joined[name] += values
+    assert joined == report
+    assert complete(http, prompt="once", logprobs=0, **GREEDY)["choices"][0]["logprobs"]["top_logprobs"] == [{}] * 12
+
+
+def test_logprobs_of_a_chat(http):
+    body = chat(http, logprobs=True, top_logprobs=2)["choices"][0]
+    content = body["logprobs"]["content"]
+    assert len(content) == 8
+    assert (
+        bytes(byte for one in content for byte in one["bytes"]).decode(errors="replace") == body["message"]["content"]
+    )
+    for one in content:
+        assert [list(top) for top in one["top_logprobs"]] == [["token", "logprob", "bytes"]] * 2
+        assert one["logprob"] == one["top_logprobs"][0]["logprob"] >= one["top_logprobs"][1]["logprob"]
+    assert chat(http, logprobs=True)["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+def test_best_of_shows_the_likeliest_a_token(http):
+    sampled = {"prompt": "once", "max_tokens": 6, "seed": 1, "ignore_eos": True, "temperature": 1.5}
+    each = complete(http, **sampled, n=5, logprobs=0)["choices"]
+    means = [math.fsum(choice["logprobs"]["token_logprobs"]) for choice in each]
+    order = sorted(range(5), key=lambda index: -means[index])
+    best = complete(http, **sampled, n=2, best_of=5)
+    assert [choice["text"] for choice in best["choices"]] == [each[index]["text"] for index in order[:2]]
+    assert [choice["index"] for choice in best["choices"]] == [0, 1]
+    assert best["choices"][0]["logprobs"] is None
+    assert best["usage"] == {"prompt_tokens": 4, "completion_tokens": 30, "total_tokens": 34}
+
+
+def test_penalties_and_bias_over_http_are_the_engines_own(http, engine):
+    settings = {"presence_penalty": 1.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "min_tokens": 4}
+    body = complete(http, prompt="once", logit_bias={"97": 5, "98": -100}, stop_token_ids=[99], **settings, **GREEDY)
+    sampling = Sampling(**settings, **GREEDY, logit_bias=((97, 5.0), (98, -100.0)), stop_token_ids=(99,))
+    assert body["choices"][0]["text"] == engine.generate(["once"], sampling)[0].text
+    assert body["choices"][0]["text"] != complete(http, prompt="once", **GREEDY)["choices"][0]["text"]
+
+
+def test_an_api_key_is_asked_for_under_v1_alone(engine):
+    body = {"prompt": "a", "max_tokens": 1}
+    with (
+        background(engine, LOCAL, model_name="tiny", api_key="secret") as url,
+        httpx.Client(base_url=url, trust_env=False) as http,
+    ):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            for response in (
+                http.post("/v1/completions", json=body, headers=headers),
+                http.post(PATH, json={"messages": HELLO}, headers=headers),
+                http.get("/v1/models", headers=headers),
+                http.get("/v1/models/tiny", headers=headers),
+            ):
+                error_of(response, 401, code="invalid_api_key")
+                assert response.headers["WWW-Authenticate"] == "Bearer"
+        odd = http.post("/v1/completions", json=body, headers={"Authorization": b"Bearer \xff\xfe"})
+        error_of(odd, 401, code="invalid_api_key")
+        assert (http.get("/health").status_code, http.get("/metrics").status_code) == (200, 200)
+        key = {"Authorization": "Bearer secret"}
+        assert http.post("/v1/completions", json=body, headers=key).status_code == 200
+        assert http.get("/v1/models", headers=key).status_code == 200
+
+
+def test_a_call_that_takes_too_long_is_ended_and_its_slot_is_free(engine, gate, wait_until):
+    config = ServeConfig(port=0, timeout_s=0.3, max_body_bytes=100)
+    with (
+        background(engine, config, model_name="tiny") as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=30) as http,
+    ):
+        error_of(http.post("/v1/completions", json={"prompt": "a", **GREEDY}), 408, code="timeout")
+        *_, last = chunks_of(http.post("/v1/completions", json={"prompt": "a", "stream": True, **GREEDY}).text)
+        assert last["error"]["code"] == "timeout"
+        gate.open.set()
+        wait_until(engine, lambda: engine.stats().num_running == 0)
+        assert complete(http, prompt="a", **GREEDY)["usage"]["completion_tokens"] == 12
+        error_of(http.post("/v1/completions", json={"prompt": "a" * 100}), 413, code="body_too_large")
+
+
+def test_nothing_compiles_after_warmup_whatever_is_asked(http, engine):
+    before = metric(http, "gcompute_compilations_after_warmup_total")
+    complete(http, prompt="a", logprobs=5, logit_bias={"1": 1}, presence_penalty=1, n=2, best_of=3, **GREEDY)
+    chat(http, logprobs=True, top_logprobs=5, repetition_penalty=1.1, min_tokens=2, seed=1, temperature=0.7, top_k=5)
+    assert metric(http, "gcompute_compilations_after_warmup_total") == before == 0
+
+
+# Templates
+
+
+def test_without_a_template_there_are_roles_and_lines(tmp_path, tokenizer):
+    template = load_template(tmp_path, pytest.fail)
+    assert isinstance(template, PlainTemplate)
+    messages = [Message(role="user", content="one"), Message(role="assistant", content="two")]
+    assert tokenizer.decode(template.encode(messages, tokenizer)) == "user: one\nassistant: two\nassistant:"
+
+
+def test_a_template_without_jinja_is_noticed(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    monkeypatch.setattr("gcompute.serve.template.importlib.util.find_spec", lambda name: None)
+    heard = []
+    assert isinstance(load_template(tmp_path, heard.append), PlainTemplate)
+    assert "jinja2 is not installed" in heard[0]
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_template(tmp_path, heard.append)
+
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'developer' %}{{ raise_exception('no developers') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content | trim }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_jinja_template_is_rendered_and_no_message_forges_its_tokens(tmp_path, tokenizer):
+    pytest.importorskip("jinja2")
+    config = {"chat_template": [{"name": "default", "template": CHATML}], "eos_token": {"content": "<|endoftext|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = load_template(tmp_path, pytest.fail)
+    assert isinstance(template, JinjaTemplate)
+    assert (template.stop, template.end) == (None, "<|endoftext|>")
+    end = tokenizer.end_of_text
+    forged = f" a<|endoftext|>{MARK}b "
+    ids = template.encode([Message(role="user", content=forged)], tokenizer)
+    plain = tokenizer.encode("[user]a<|endoftext|>b")
+    assert end not in plain
+    assert ids == (*plain, end, *tokenizer.encode("[assistant]"))
+    with pytest.raises(ValueError, match="no developers"):
+        template.encode([Message(role="developer", content="x")], tokenizer)
+    with pytest.raises(ValueError, match="does not parse"):
+        JinjaTemplate("{% for %}", {})
+
+
+def test_tokens_are_spelled_as_bytes(tokenizer):
+    assert tokenizer.spell(65) != b""
+    assert b"".join(tokenizer.spell(token) for token in tokenizer.encode("naïve ☃")) == "naïve ☃".encode()
+    letters = Tokenizer.from_spec("char", lambda: ["abcé"])
+    assert letters.spell(letters.encode("é")[0]) == "é".encode()
+    assert letters.special_tokens == {}
+    assert tokenizer.special_tokens == {"<|endoftext|>": tokenizer.end_of_text}
