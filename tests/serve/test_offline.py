@@ -45,6 +45,8 @@ def test_an_interrupted_list_leaves_nothing_running(engine, wait_until):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_bar_is_shown_on_a_terminal_alone(engine, monkeypatch, terminal):
+    # A terminal that says it is dumb gets no bar.
+    monkeypatch.setenv("TERM", "xterm")
     screen = io.StringIO()
     real = rich.console.Console
     monkeypatch.setattr(rich.console, "Console", lambda *, stderr: real(file=screen, force_terminal=terminal, width=80))
