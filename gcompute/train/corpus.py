@@ -151,7 +151,11 @@ def _build(
                     f"data {name!r} is too short: its {split} split has {num_tokens} tokens, and needs at least 2. "
                     "Give more text, or another val_fraction."
                 )
-            splits[split] = {"num_tokens": num_tokens, "num_bytes": num_bytes, "edges_sha256": edges(path)}
+            splits[split] = {
+                "num_tokens": num_tokens,
+                "num_bytes": num_bytes,
+                "edges_sha256": edges(np.memmap(path, dtype, mode="r")),
+            }
         meta = {
             "made_from": made_from,
             "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -207,13 +211,14 @@ def _open(directory: Path, made_from: dict[str, object]) -> TokenizedCorpus:
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     if tokenizer.fingerprint != meta["tokenizer_fingerprint"]:
         raise ValueError("another tokenizer")
-    for split in ("train", "val"):
-        path = directory / f"{split}.bin"
-        if path.stat().st_size != meta[split]["num_tokens"] * np.dtype(meta["dtype"]).itemsize:
-            raise ValueError(f"{path} has been cut short")
-        if edges(path) != meta[split]["edges_sha256"]:
-            raise ValueError(f"{path} is of something else")
-    return _mapped(directory / "train.bin", directory / "val.bin", meta, tokenizer, reused=True)
+    # Mapped first and checked then: by name, another process could put other files in their place in between.
+    opened = _mapped(directory / "train.bin", directory / "val.bin", meta, tokenizer, reused=True)
+    for split, tokens in (("train", opened.train), ("val", opened.val)):
+        if tokens.size != meta[split]["num_tokens"]:
+            raise ValueError(f"{split}.bin has been cut short")
+        if edges(tokens) != meta[split]["edges_sha256"]:
+            raise ValueError(f"{split}.bin is of something else")
+    return opened
 
 
 def _mapped(train_path: Path, val_path: Path, meta: dict, tokenizer: Tokenizer, *, reused: bool) -> TokenizedCorpus:

@@ -159,12 +159,11 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def edges(path: Path) -> str:
-    """SHA-256 of a file's first and last 64 KiB: enough to tell other tokens, at no cost for large files."""
-    with path.open("rb") as file:
-        start = file.read(EDGE_BYTES)
-        file.seek(max(0, path.stat().st_size - EDGE_BYTES))
-        return hashlib.sha256(start + file.read(EDGE_BYTES)).hexdigest()
+def edges(tokens: np.ndarray) -> str:
+    """SHA-256 of the first and last 64 KiB of mapped tokens: enough to tell others, at no cost for large files."""
+    content = tokens.view(np.uint8)
+    ends = content[:EDGE_BYTES].tobytes() + content[max(0, content.size - EDGE_BYTES) :].tobytes()
+    return hashlib.sha256(ends).hexdigest()
 
 
 def _python(path: Path) -> str | None:
