@@ -29,9 +29,13 @@ class CompilationCount:
         jax.monitoring.register_event_duration_secs_listener(self._hear)
 
     def stop(self) -> None:
-        if self._thread is not None:
-            jax.monitoring.unregister_event_duration_listener(self._hear)
-            self._thread = None
+        if self._thread is None:
+            return
+        self._thread = None
+        # JAX 0.7 has no way to take a listener back: there it stays, and is of no thread.
+        unregister = getattr(jax.monitoring, "unregister_event_duration_listener", None)
+        if unregister is not None:
+            unregister(self._hear)
 
     def _hear(self, event: str, *_: Any, **__: Any) -> None:
         self.num += event == COMPILE_EVENT and threading.get_ident() == self._thread
