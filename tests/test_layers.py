@@ -19,7 +19,7 @@ LAYERS = (
     *("diagnose", "certify", "lab", "cli"),
 )
 STRANGERS = {"train", "serve"}
-JAX_FREE_LAYERS = {"hardware", "config", "plan"}
+JAX_FREE_LAYERS = {"hardware", "config", "plan", "exam"}
 JAX_FREE_MODULES = {"serve/scheduler.py", "serve/request.py"}
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 AXIS_LAYERS = {"plan", "parallel", "model", "train", "serve"}

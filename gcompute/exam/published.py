@@ -21,7 +21,7 @@ RUNS = Path(__file__).with_name("published.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedRun:
-    """One run. step_s: as published, or from the tokens a second that were. headline: of the ten in the README."""
+    """One run. step_s: as published, or worked back from tokens, TFLOP/s or MFU. headline: of the ten in the README."""
 
     name: str
     group: str
