@@ -37,14 +37,17 @@ class Choices:
             top_logprobs=jnp.zeros((rows, steps, k), jnp.float32),
         )
 
-    def put(self, step: Array, token_B: Array, logits_BV: Array, reported_B: Array) -> Self:
-        """With the tokens of one step in their place; `reported` rows with the log-probabilities too."""
+    def put(
+        self, at_B: Int[Array, "b"], token_B: Int[Array, "b"], logits_BV: Float[Array, "b v"], reported_B: Array
+    ) -> Self:
+        """With a token of each row in its place, dropped past the end, and log-probabilities if a row asks for them."""
         logprob_B, top_ids_BK, top_logprobs_BK = _measure(logits_BV, token_B, reported_B, self.top_ids.shape[-1])
+        rows_B = jnp.arange(token_B.shape[0])
         return type(self)(
-            token=self.token.at[:, step].set(token_B),
-            logprob=self.logprob.at[:, step].set(logprob_B),
-            top_ids=self.top_ids.at[:, step].set(top_ids_BK),
-            top_logprobs=self.top_logprobs.at[:, step].set(top_logprobs_BK),
+            token=self.token.at[rows_B, at_B].set(token_B, mode="drop"),
+            logprob=self.logprob.at[rows_B, at_B].set(logprob_B, mode="drop"),
+            top_ids=self.top_ids.at[rows_B, at_B].set(top_ids_BK, mode="drop"),
+            top_logprobs=self.top_logprobs.at[rows_B, at_B].set(top_logprobs_BK, mode="drop"),
         )
 
 
