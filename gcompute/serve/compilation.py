@@ -19,6 +19,7 @@ from gcompute.serve.placement import abstract_state
 from gcompute.serve.request import Sampling
 from gcompute.serve.state import EngineShape, Rows, Weights, empty_state, new_row
 
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """The name of one compiled program."""

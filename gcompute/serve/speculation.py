@@ -14,7 +14,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from gcompute.serve.adjustments import NO_TOKEN, adjust, is_end
 from gcompute.serve.choices import Choices
@@ -69,9 +69,7 @@ def speculate(
     k, rounds = shape.limits.drafts, shape.limits.decode_steps
     b, t = slots_B.shape[0], shape.limits.drafts + 1
     execution, shares = shape.execution, shape.limits.shares
-    read = partial(
-        gather, tables_BN=tables_BN, compute=execution.compute, shares=shares, placement=execution.placement
-    )
+    read = partial(gather, tables_BN=tables_BN, compute=execution.compute, shares=shares, placement=execution.placement)
     rows = take_rows(state.rows, slots_B)
     cache = read(state.pool)
     draft_cache = None if state.draft_pool is None else read(state.draft_pool)
