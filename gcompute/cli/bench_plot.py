@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from gcompute.cli.bench_session import Bench, Point
 from gcompute.cli.plan_plot import save
@@ -13,6 +14,8 @@ from gcompute.serve.load_report import Spread, tokens_over_time, under_way
 
 BLUE, RED, ORANGE, TEAL, GREY = "#4c78a8", "#e45756", "#f58518", "#439894", "#888888"
 MOST_BINS = 60
+# A figure that is so many times what was measured is out of the picture.
+FAR = 2.5
 
 
 def plot_bench(bench: Bench, path: Path) -> None:
@@ -69,48 +72,46 @@ def _distribution(
         axes.text(0.5, 0.5, "no request has one", ha="center", transform=axes.transAxes, color=GREY)
         return
     xs = np.sort(np.asarray(values_s)) * 1e3
-    axes.step(
-        np.concatenate((xs[:1], xs)), np.arange(len(xs) + 1) / len(xs), where="post", color=BLUE, lw=2, label="measured"
-    )
-    for name, value_s, share in (("p50", spread.p50, 0.5), ("p90", spread.p90, 0.9), ("p99", spread.p99, 0.99)):
-        axes.plot([value_s * 1e3], [share], "o", color=BLUE, ms=5)
-        left = value_s * 1e3 > np.mean(axes.get_xlim())
-        axes.annotate(
-            f"{name}  {_ms(value_s)}",
-            (value_s * 1e3, share),
-            xytext=(-9 if left else 9, -3 if share < 0.95 else -8),
-            textcoords="offset points",
-            fontsize=8.5,
-            ha="right" if left else "left",
-            va="top" if share > 0.85 else "center",
-        )
-    if expected_s is not None:
-        axes.axvline(expected_s * 1e3, color=ORANGE, ls="--", lw=1.5, label=f"plan, predicted: {_ms(expected_s)}")
-    if limit_s is not None:
-        axes.axvline(limit_s * 1e3, color=RED, ls=":", lw=1.5, label=f"limit: {_ms(limit_s)}")
-    if expected_s is not None or limit_s is not None:
-        axes.legend(fontsize=8.5, loc="lower right")
-    axes.set_xlim(left=0)
+    shares = np.arange(len(xs) + 1) / len(xs)
+    axes.step(np.concatenate((xs[:1], xs)), shares, where="post", color=BLUE, lw=2, label="measured")
+    marks = (("p50", spread.p50, 0.5, "o"), ("p90", spread.p90, 0.9, "s"), ("p99", spread.p99, 0.99, "^"))
+    for name, value_s, share, marker in marks:
+        label = f"{name}: {_ms(value_s)}"
+        axes.plot([value_s * 1e3], [share], marker, color=BLUE, mec="white", ms=7, zorder=4, label=label)
+    highest = spread.most
+    for value_s, colour, style, name in (
+        (expected_s, ORANGE, "--", "plan, predicted"),
+        (limit_s, RED, ":", "limit"),
+    ):
+        if value_s is not None:
+            axes.axvline(value_s * 1e3, color=colour, ls=style, lw=1.5, label=f"{name}: {_ms(value_s)}")
+            # One that lies far off is told, and does not squeeze the rest.
+            highest = value_s if highest < value_s < FAR * highest else highest
+    axes.set_xlim(0, highest * 1.06e3)
+    axes.legend(fontsize=8.5, loc="best")
 
 
 def _over_time(axes: Any, point: Point) -> None:
     every = point.run.outcomes
     num_bins = int(np.clip(len(every) // 2, 8, MOST_BINS))
     edges, rates = tokens_over_time(every, num_bins=num_bins)
+    highest = max(*rates, 1e-9)
     axes.stairs(rates, edges, fill=True, color=BLUE, alpha=0.35)
     axes.stairs(rates, edges, color=BLUE, lw=1.2, label="output tokens/s")
     if point.predicted is not None:
-        axes.axhline(point.predicted.output_tokens_per_s, color=ORANGE, ls="--", lw=1.5, label="plan, predicted")
+        expected = point.predicted.output_tokens_per_s
+        axes.axhline(expected, color=ORANGE, ls="--", lw=1.5, label=f"plan, predicted: {expected:,.0f}")
+        highest = expected if highest < expected < FAR * highest else highest
     axes.set_title("throughput over time", fontsize=10)
     axes.set_xlabel("seconds since the first request")
     axes.set_ylabel("output tokens a second")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.45 * highest)
     axes.grid(True, alpha=0.25)
     beside = axes.twinx()
     steps = under_way(every)
     beside.step([at_s for at_s, _ in steps], [num for _, num in steps], where="post", color=GREY, lw=1, alpha=0.8)
     beside.plot([], [], color=GREY, lw=1, label="requests under way (right)")
-    beside.set_ylim(0, 1.6 * max((num for _, num in steps), default=1))
+    beside.set_ylim(0, 1.45 * max((num for _, num in steps), default=1))
     beside.yaxis.get_major_locator().set_params(integer=True)
     beside.set_ylabel("requests under way", color=GREY)
     handles = [*axes.get_legend_handles_labels()[0], *beside.get_legend_handles_labels()[0]]
@@ -174,9 +175,17 @@ def _sweep(bench: Bench, title: str) -> Figure:
         axes.set_title(what, fontsize=10)
         axes.set_xlabel("output tokens a second")
         axes.set_ylabel("milliseconds")
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
-        axes.grid(True, alpha=0.25)
+        if planned and max(x for x, _ in planned) > FAR * max(xs, default=0):
+            # Both curves in one picture, though they are far apart.
+            axes.set(xscale="log", yscale="log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(lambda value, _: f"{value:,g}")
+                axis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(bottom=0)
+            axes.set_xlim(left=0)
+        axes.grid(True, which="both", alpha=0.2)
     for axes, limit_s in ((left, bench.slo.tpot_s), (right, bench.slo.ttft_s)):
         if limit_s is not None:
             axes.axhline(limit_s * 1e3, color=RED, ls=":", lw=1.5, label=f"limit: {_ms(limit_s)}")

@@ -107,7 +107,7 @@ def _show_one(bench: Bench, point: Point, console: Console) -> None:
             predicted.prompt_tokens_per_s if predicted else None,
             _number,
         ),
-        ("requests under way", measured.mean_under_way, float(predicted.together) if predicted else None, _number),
+        ("requests under way", measured.mean_under_way, predicted.under_way if predicted else None, _number),
     ]
     if point.usd_measured is not None or point.usd_predicted is not None:
         rows.append(("a million output tokens", point.usd_measured, point.usd_predicted, dollars))

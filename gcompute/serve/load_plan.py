@@ -32,6 +32,11 @@ class Predicted:
     requests_per_s: float
     fits: bool
 
+    @property
+    def under_way(self) -> float | None:
+        """Mean number of requests in the server, waiting ones too: throughput times the time in all (Little)."""
+        return None if self.e2e_s is None else self.requests_per_s * self.e2e_s
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
