@@ -122,7 +122,7 @@ def command(
     if out is not None:
         full = {**document, **bench.to_dict(with_requests=True)}
         out.write_text(json.dumps(full, allow_nan=False) + "\n", encoding="utf-8")
-    if plot is not None:
+    if plot is not None and bench.points:
         from gcompute.cli.bench_plot import plot_bench
 
         plot_bench(bench, plot)
