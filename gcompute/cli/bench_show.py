@@ -27,7 +27,7 @@ class LoadProgress:
         self.console = console
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             TextColumn("{task.fields[far]}"),
             TimeElapsedColumn(),
             console=console,
@@ -52,10 +52,10 @@ class LoadProgress:
         task: TaskID = self.progress.add_task(str(arrivals), total=num_requests, far="")
 
         def show(now: Now) -> None:
-            failed = f"  {now.failed} failed" if now.failed else ""
+            failed = f", {now.failed} failed" if now.failed else ""
             rate = now.tokens / now.elapsed_s if now.elapsed_s > 0 else 0.0
             of = f"/{num_requests}" if num_requests else ""
-            far = f"{now.done}{of}  {now.sent - now.done} under way{failed}  {rate:,.0f} tokens/s"
+            far = f"{now.done}{of}, {now.sent - now.done} open{failed}, {rate:,.0f} tokens/s"
             self.progress.update(task, completed=now.done, far=far)
 
         return show
@@ -75,8 +75,8 @@ def show_bench(bench: Bench) -> None:
 
 def _show_one(bench: Bench, point: Point, console: Console) -> None:
     measured, predicted = point.measured, point.predicted
-    table = Table(title=f"latency, {point.run.arrivals} (measured)", title_justify="left")
-    for name in ("", "mean", "p50", "p90", "p99", "worst", "plan (predicted)", "p50 / predicted"):
+    table = Table(title=f"latency, {point.run.arrivals} (measured; plan: predicted)", title_justify="left")
+    for name in ("", "p50", "p90", "p99", "worst", "plan", "p50 / plan"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     foretold = {
         "TTFT": predicted.ttft_s if predicted else None,
@@ -88,10 +88,10 @@ def _show_one(bench: Bench, point: Point, console: Console) -> None:
     for name, spread in spreads.items():
         expected = foretold[name]
         ratio = f"{spread.p50 / expected:.2f}" if spread and expected else "-"
-        table.add_row(name, *_five(spread), seconds(expected) if expected else "-", ratio)
+        table.add_row(name, *_four(spread), seconds(expected) if expected else "-", ratio)
     console.print(table)
     table = Table(title="throughput", title_justify="left")
-    for name in ("", "measured", "plan (predicted)", "measured / predicted"):
+    for name in ("", "measured", "plan, predicted", "measured / plan"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     rows: list[tuple[str, float | None, float | None, Callable[[float], str]]] = [
         ("requests/s", measured.requests_per_s, predicted.requests_per_s if predicted else None, _number),
@@ -139,47 +139,41 @@ def _show_one(bench: Bench, point: Point, console: Console) -> None:
 
 def _show_sweep(bench: Bench, console: Console) -> None:
     priced = any(point.usd_measured is not None for point in bench.points)
-    names = [
-        "load",
-        "served",
-        "failed",
-        "req/s",
-        "tokens/s",
-        "plan",
-        "TTFT p50",
-        "p99",
-        "plan",
-        "TPOT p50",
-        "p99",
-        "plan",
-    ]
+    closed = all(point.run.arrivals.rate is None for point in bench.points)
+    load = "at once" if closed else "requests/s"
+    names = [load, "served", "failed", "req/s", "tokens/s", "plan"]
     names += ["goodput/s"] * bench.slo.asked + ["$/M out"] * priced
-    table = Table(title="loads: measured, and the plan's prediction", title_justify="left")
-    for name in names:
-        style = "dim" if name == "plan" else None
-        table.add_column(name, justify="left" if name == "load" else "right", no_wrap=True, style=style)
+    throughput = _table("throughput (measured; plan: predicted)", names)
+    latency = _table(
+        "latency (measured; plan: predicted)", [load, "TTFT p50", "p99", "plan", "TPOT p50", "p99", "plan"]
+    )
     for point in bench.points:
         measured, predicted = point.measured, point.predicted
+        arrivals = point.run.arrivals
+        name = f"{arrivals.concurrency:,}" if closed else f"{arrivals.rate:g}"
         row = [
-            str(point.run.arrivals),
+            name,
             f"{measured.num_ok:,}",
             f"{measured.num_failed:,}",
             _number(measured.requests_per_s),
             _number(measured.output_tokens_per_s),
             _number(predicted.output_tokens_per_s) if predicted else "-",
         ]
+        if bench.slo.asked:
+            row.append(_number(measured.goodput_per_s))
+        if priced:
+            row.append(dollars(point.usd_measured) if point.usd_measured is not None else "-")
+        throughput.add_row(*row)
+        row = [name]
         for spread, expected in (
             (measured.ttft, predicted.ttft_s if predicted else None),
             (measured.tpot, predicted.tpot_s if predicted else None),
         ):
             row += [seconds(spread.p50), seconds(spread.p99)] if spread else ["-", "-"]
             row.append(seconds(expected) if expected is not None else "-")
-        if bench.slo.asked:
-            row.append(_number(measured.goodput_per_s))
-        if priced:
-            row.append(dollars(point.usd_measured) if point.usd_measured is not None else "-")
-        table.add_row(*row)
-    console.print(table)
+        latency.add_row(*row)
+    console.print(throughput)
+    console.print(latency)
     if bench.slo.asked:
         best = max(bench.points, key=lambda point: point.measured.goodput_per_s)
         good = best.measured.goodput_per_s
@@ -188,6 +182,13 @@ def _show_sweep(bench: Bench, console: Console) -> None:
             if good
             else f"no request kept {bench.slo}."
         )
+
+
+def _table(title: str, names: list[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True, style="dim" if name == "plan" else None)
+    return table
 
 
 def _show_notes(bench: Bench, console: Console) -> None:
@@ -223,10 +224,10 @@ def _show_notes(bench: Bench, console: Console) -> None:
         note(f"stopped before its end: {bench.stopped}", "yellow")
 
 
-def _five(spread: Spread | None) -> list[str]:
+def _four(spread: Spread | None) -> list[str]:
     if spread is None:
-        return ["-"] * 5
-    return [seconds(value) for value in (spread.mean, spread.p50, spread.p90, spread.p99, spread.most)]
+        return ["-"] * 4
+    return [seconds(value) for value in (spread.p50, spread.p90, spread.p99, spread.most)]
 
 
 def _number(value: Any) -> str:

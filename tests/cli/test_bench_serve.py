@@ -90,8 +90,9 @@ def test_a_sweep_with_words_and_a_page(gcompute: Command, url: str, tmp_path: Pa
     ended = gcompute("bench", "serve", url, *SMALL, "--sweep", "1,2,8", "--requests", "8", "--plot", path)
     # Words of several bytes: at this length a prompt is of one or two.
     assert ended.status == 0, ended.err
-    assert "8 at a time" in ended.out
+    assert "8 at a time: " in ended.out
     assert "failed with HTTP 429" in ended.out
+    assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("│ ")] == ["1", "2", "8"] * 2
     assert path.read_bytes().startswith(b"<!doctype html>")
 
 
