@@ -22,6 +22,7 @@ from gcompute.model.tokenizer import StreamDecoder, Tokenizer
 from gcompute.model.transformer import Execution, Params
 from gcompute.serve.adjustments import NO_TOKEN
 from gcompute.serve.choices import read_row
+from gcompute.serve.occupancy import PAGE_TOKENS, count_pages, slot_stats
 from gcompute.serve.offline import complete_all, progress_bar
 from gcompute.serve.programs import EngineShape, Program, list_programs
 from gcompute.serve.request import NotReady, Request, RequestError, Sampling, check_fits
@@ -81,6 +82,7 @@ class Engine:
         self._next_id = 0
         self._observers: list[Callable[[Finished], None]] = []
         self._counts = {"decode_steps": 0, "prompt_tokens": 0, "output_tokens": 0}
+        self._last_decode = (0, 0, 0.0)
         self._thread: threading.Thread | None = None
 
     # Life ------------------------------------------------------------------------------------------------------------
@@ -240,6 +242,7 @@ class Engine:
     def stats(self) -> EngineStats:
         with self._wake:
             running = self._scheduler.running
+            pages = count_pages(running, num_cells=self._runner.shape.slots * self.max_context)
             return EngineStats(
                 status=self._status,
                 slots=self._runner.shape.slots,
@@ -253,6 +256,14 @@ class Engine:
                 num_decode_steps=self._counts["decode_steps"],
                 num_prompt_tokens=self._counts["prompt_tokens"],
                 num_output_tokens=self._counts["output_tokens"],
+                page_tokens=PAGE_TOKENS,
+                num_pages=pages.total,
+                num_pages_free=pages.free,
+                num_pages_used=pages.used,
+                running=slot_stats(running, self._outputs),
+                decode_batch=self._last_decode[0],
+                decode_cells=self._last_decode[1],
+                last_decode_step_s=self._last_decode[2],
             )
 
     def _check(self, request: Request) -> None:
@@ -332,6 +343,8 @@ class Engine:
 
     def _decode(self, work: Decode) -> None:
         slots = {request_id: entry.slot for request_id, entry in self._scheduler.running.items()}
+        cells = sum(entry.cached for entry in self._scheduler.running.values()) // len(slots)
+        start_s = time.perf_counter()
         choices = self._runner.decode(
             list(slots.values()), bucket=work.bucket, num_steps=work.num_steps, until_free=work.until_free
         )
@@ -340,7 +353,9 @@ class Engine:
             for request_id, slot in slots.items()
         }
         with self._wake:
-            self._counts["decode_steps"] += max(len(tokens) for tokens, _ in chosen.values())
+            num_steps = max(len(tokens) for tokens, _ in chosen.values())
+            self._counts["decode_steps"] += num_steps
+            self._last_decode = (len(slots), cells, (time.perf_counter() - start_s) / num_steps)
             for request_id, (tokens, _) in chosen.items():
                 self._scheduler.advance(request_id, len(tokens))
         for request_id, (tokens, logprobs) in chosen.items():
