@@ -22,7 +22,10 @@ class ServeCommand(SectionedCommand):
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--name", default=None, help="Model name that requests use.  [the run's name]")
 @click.option(
-    "--api-key", envvar="GCOMPUTE_API_KEY", show_envvar=True, help="Key that calls of /v1 must carry.  [none]"
+    "--api-key",
+    envvar="GCOMPUTE_API_KEY",
+    show_envvar=True,
+    help="Key that calls of /v1 and /engine must carry.  [none]",
 )
 @click.option("--fast/--no-fast", default=True, help="Restart once with huge pages where that is faster.  [fast]")
 @config_options(ServeConfig, "Serving")

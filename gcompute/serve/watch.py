@@ -44,6 +44,7 @@ class Watch:
         self._read = read
         self._about = about
         self._roofline = roofline
+        self._ceilings = roofline.to_dict() if roofline is not None else None
         self._clock = clock
         self._started_s = clock()
         self._lock = threading.Lock()
@@ -85,7 +86,7 @@ class Watch:
             "hit_share": share(stats.num_hit_tokens, stats.num_prompt_tokens),
             "accepted_share": share(stats.num_accepted, stats.num_drafted),
             "recent": times_of(recent),
-            "roofline": self._roofline.to_dict() if self._roofline is not None else None,
+            "roofline": self._ceilings,
             "decode": self._decode(stats),
         }
 

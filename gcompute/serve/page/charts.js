@@ -3,6 +3,7 @@
 const TRAIL = 14;
 const trail = [];
 let lowest = Infinity;
+let slowest = Infinity;
 
 /** Round outwards to half decades, so that axes hold still. */
 const floorTo = (value) => 10 ** (Math.floor(2 * Math.log10(value)) / 2);
@@ -29,7 +30,7 @@ class Chart {
     this.ring = this.mark("ring", 7.5);
     this.dot = this.mark("dot", 6.5);
     // From the dot up to the ring, in the dot's own group: they move together.
-    this.gap = draw("line", { class: "gap", x1: 0, x2: 0, y1: 0 });
+    this.gap = draw("line", { class: "gap mark", x1: 0, x2: 0, y1: 0, y2: -1 });
     this.dot.prepend(this.gap);
     this.live.append(this.trail, this.dot, this.ring);
     this.svg.append(this.still, this.live);
@@ -96,6 +97,10 @@ class Chart {
     this.still.append(group);
   }
 
+  span(low, high) {
+    this.gap.style.transform = `scaleY(${(this.y(low) - this.y(high)).toFixed(1)})`;
+  }
+
   move(mark, x, y, label, words) {
     const [px, py] = [this.x(x), this.y(y)];
     mark.style.transform = `translate(${px.toFixed(1)}px, ${py.toFixed(1)}px)`;
@@ -128,6 +133,8 @@ function showRoofline() {
   const where = { measured: "measured on this machine", catalogue: "from the catalogue" }[roofline.source];
   say($("machine"), `${roofline.machine}: ${si(roofline.flops_per_s, "FLOP/s")} in ${roofline.dtype} and ${si(roofline.bytes_per_s, "B/s")} of memory (${where}), ridge at ${figures(roofline.ridge)} FLOP/byte. The step is predicted from the model’s operations and bytes alone.`);
   const { predicted, measured, path } = decode;
+  // Room below the roof for what will be measured.
+  if (lowest === Infinity) lowest = path[0].flops_per_s / 30;
   if (measured) lowest = Math.min(lowest, measured.flops_per_s);
   drawRoof(roofline, path, predicted);
   drawThroughput(roofline, path, measured);
@@ -141,8 +148,8 @@ function showRoofline() {
   roofChart.move(roofChart.dot, predicted.intensity, measured.flops_per_s, si(measured.flops_per_s, "FLOP/s"), did);
   batchChart.move(batchChart.ring, predicted.batch, predicted.tokens_per_s, "", could);
   batchChart.move(batchChart.dot, predicted.batch, measured.tokens_per_s, `${figures(measured.tokens_per_s)} tokens/s`, did);
-  roofChart.gap.setAttribute("y2", roofChart.y(predicted.flops_per_s) - roofChart.y(measured.flops_per_s));
-  batchChart.gap.setAttribute("y2", batchChart.y(predicted.tokens_per_s) - batchChart.y(measured.tokens_per_s));
+  roofChart.span(measured.flops_per_s, predicted.flops_per_s);
+  batchChart.span(measured.tokens_per_s, predicted.tokens_per_s);
   showTrail(predicted.intensity, measured.flops_per_s);
 }
 
@@ -193,8 +200,8 @@ function drawRoof(roofline, path, predicted) {
 
 function drawThroughput(roofline, path, measured) {
   const x = [0.9, path.at(-1).batch * 1.15];
-  const rates = [path[0].tokens_per_s, measured ? (lowest / measured.flops_per_s) * measured.tokens_per_s : Infinity];
-  const y = [floorTo(Math.min(...rates) / 1.6), ceilTo(path.at(-1).tokens_per_s * 1.2)];
+  slowest = Math.min(slowest, path[0].tokens_per_s / 30, measured?.tokens_per_s ?? Infinity);
+  const y = [floorTo(slowest / 1.3), ceilTo(path.at(-1).tokens_per_s * 1.2)];
   const chart = batchChart;
   if (!chart.frame(x, y, [path, roofline])) return;
   const { top, bottom } = chart.box;

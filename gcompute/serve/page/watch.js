@@ -3,7 +3,7 @@
 const SPARK = 160;
 const MOST_PAGES = 420;
 const QUEUE_DOTS = 64;
-const rates = [];
+const rates = new Array(SPARK).fill(0);
 let watching = null;
 
 // The connection --------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ function showTiles() {
   const rate = engine.rates.output_tokens_per_s;
   tile("rate", rate === null ? null : figures(rate), null, "measured, last 2 s");
   rates.push(rate ?? 0);
-  if (rates.length > SPARK) rates.shift();
+  rates.shift();
   showSpark();
   timeTile("ttft", recent.first_token_s);
   timeTile("tpot", recent.per_token_s);
@@ -106,12 +106,11 @@ function showTiles() {
 function showSpark() {
   const svg = $("spark");
   const most = Math.max(1, ...rates);
-  const points = rates.map((rate, index) => `${(SPARK - rates.length + index).toFixed(0)} ${(30 - (28 * rate) / most).toFixed(1)}`);
+  const points = rates.map((rate, index) => `${index} ${(30 - (28 * rate) / most).toFixed(1)}`);
   svg.setAttribute("viewBox", `0 0 ${SPARK - 1} 32`);
   svg.setAttribute("preserveAspectRatio", "none");
   if (!svg.firstChild) svg.append(draw("path", { "vector-effect": "non-scaling-stroke" }));
-  const from = SPARK - rates.length;
-  svg.firstChild.setAttribute("d", `M${from} 34 L${points.join(" L")} L${SPARK} 34 Z`);
+  svg.firstChild.setAttribute("d", `M-1 34 L${points.join(" L")} L${SPARK} 34 Z`);
 }
 
 function slotRow(index) {
