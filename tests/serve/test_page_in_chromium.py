@@ -1,6 +1,7 @@
 """The page in a browser: what is typed, streamed, stopped, loaded and drawn."""
 
 import json
+import math
 import time
 
 import httpx
@@ -30,6 +31,23 @@ WIDTHS = """
 SET_HIDDEN = """
     Object.defineProperty(document, "hidden", {value: arguments[0], configurable: true});
     document.dispatchEvent(new Event("visibilitychange"));"""
+# Where a chart has its ticks across and up, by value, its dot and its ring.
+PLACES = """
+    const chart = document.querySelector(arguments[0]);
+    const sizes = {k: 1e3, M: 1e6, G: 1e9, T: 1e12, P: 1e15, "": 1};
+    const ticks = [{}, {}];
+    for (const text of chart.querySelectorAll("svg > g:first-child > text:not(.halo)")) {
+        const found = text.textContent.match(/^([0-9.,]+) ?([kMGTP]?)(FLOP\\/s)?$/);
+        if (!found) continue;
+        const up = text.getAttribute("text-anchor") === "end";
+        const place = up ? text.y.baseVal[0].value - 4 : text.x.baseVal[0].value;
+        ticks[Number(up)][Number(found[1].replaceAll(",", "")) * sizes[found[2]]] = place;
+    }
+    const at = (name) => {
+        const mark = chart.querySelector(`.mark > circle.${name}`).parentNode;
+        return mark.style.transform.match(/[0-9.]+/g).map(Number);
+    };
+    return [ticks, at("dot"), at("ring")];"""
 # Of each text: its contrast with what is behind it, its name, and how light the page is.
 CONTRASTS = """
     const channel = (one) => (one /= 255) <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4;
@@ -179,7 +197,7 @@ def test_a_burst_fills_slots_pages_and_queue_and_moves_the_dot(page, engine, bef
     with before_each(engine, "decode", lambda: time.sleep(SLOWER_S)):
         page.click("#load-go")
         page.wait(f"{BUSY} === 3 && {WAITING} === 4")
-        page.wait(f"{USED} >= 6")
+        page.wait(f"{USED} >= 6 && document.querySelectorAll('#pages .used').length === {USED}")
         page.wait(f"{DOT}.getAttribute('aria-label').includes('3 requests of')")
         assert page.run(f"return {DOT}.style.transform") != at
         assert "3 requests decoded together" in page.text("#batch-line")
@@ -195,6 +213,25 @@ def test_a_burst_fills_slots_pages_and_queue_and_moves_the_dot(page, engine, bef
         page.wait(f"{BUSY} === 0 && {WAITING} === 0")
     assert engine.stats().num_waiting == 0
     assert float(page.text("#ttft")) > 0
+
+
+def test_dots_and_rings_are_where_the_axes_say(page, http):
+    page.type("#prompt", "once")
+    page.click("#send")
+    page.wait(IDLE)
+    page.wait(f"{BUSY} === 0 && {DOT}.getAttribute('aria-label')")
+    seen = http.get("/engine").json()
+    step, measured = seen["decode"]["predicted"], seen["decode"]["measured"]
+    label = "document.querySelector('#throughput .dot ~ text').textContent"
+    page.wait(f"Math.abs(parseFloat({label}.replaceAll(',', '')) / given[0] - 1) < 0.006", measured["tokens_per_s"])
+    for figure, x, name in (("#roofline", "intensity", "flops_per_s"), ("#throughput", "batch", "tokens_per_s")):
+        ticks, dot, ring = page.run(PLACES, figure)
+        across, up = (sorted(values.items()) for values in ticks)
+        (x0, px0), (x1, px1) = ((math.log(float(value)), at) for value, at in (across[0], across[-1]))
+        (y0, py0), (y1, py1) = ((math.log(float(value)), at) for value, at in (up[0], up[-1]))
+        for (px, py), value in ((dot, measured[name]), (ring, step[name])):
+            assert px == pytest.approx(px0 + (math.log(step[x]) - x0) / (x1 - x0) * (px1 - px0), abs=0.5)
+            assert py == pytest.approx(py0 + (math.log(value) - y0) / (y1 - y0) * (py1 - py0), abs=0.5)
 
 
 def test_markup_is_text(page):

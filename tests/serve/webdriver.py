@@ -18,7 +18,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
-START_S, WAIT_S = 60, 30
+START_S, WAIT_S = 120, 60
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
 
