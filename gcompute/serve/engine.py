@@ -361,7 +361,8 @@ class Engine:
         sampling = self._outputs[work.request_id].stream.request.sampling
         tokens, logprobs = read_row(choices, 0, sampling.logprobs) if work.last else ((), ())
         with self._wake:
-            self._counts["prompt_tokens"] += work.num_tokens
+            if work.last and not self._outputs[work.request_id].num_tokens:
+                self._counts["prompt_tokens"] += work.start + work.num_tokens
             self._scheduler.record_prefill(work, tokens[0] if tokens else None)
         if tokens:
             self._deliver(work.request_id, tokens, logprobs)

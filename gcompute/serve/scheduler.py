@@ -215,7 +215,8 @@ class Scheduler:
             seq.pages, seq.num_published = hits + blocks.allocate(need), len(hits)
             if not seq.saved:
                 seq.cached = seq.hit_tokens = len(hits) * self.limits.page
-                self.num_hit_tokens += seq.hit_tokens
+                # One that was preempted finds its own pages again.
+                self.num_hit_tokens += seq.hit_tokens if seq.num_output == 0 else 0
             self._running[seq.request_id] = seq
             return seq
         return None
