@@ -159,7 +159,7 @@ def _local_ragged(
     page_T, offset_T = _place(tables_BN[row_T], position_T, real_T, pool, kernel)
     pool = write_cells(pool, k_TKH, v_TKH, page_T, offset_T, kernel)
     if kernel == "ragged":
-        o_TNH = paged_kernels.ragged(q_TNH, *pool, tables_BN, lengths_B, cu_q_lens, num_rows, compute)
+        o_TNH = paged_kernels.ragged(q_TNH, pool[0], tables_BN, lengths_B, cu_q_lens, num_rows, compute)
     else:
         # Each token has its row's cells to itself: as large as it is plain.
         o_TNH = _attend_gathered(q_TNH[:, None], pool, tables_BN[row_T], position_T[:, None], compute)[:, 0]
@@ -219,11 +219,12 @@ def _local_paged(
     if kernel == "xla":
         o_BTNH = _attend_gathered(q_BTNH, pool, tables_BN, position_BT, compute)
     elif kernel == "paged":
-        o_BTNH = paged_kernels.paged(q_BTNH[:, 0], *pool, tables_BN, shown_B)[:, None]
+        k_pages, v_pages = pool
+        o_BTNH = paged_kernels.paged(q_BTNH[:, 0], k_pages, v_pages, tables_BN, shown_B)[:, None]
     else:
         cu_q_lens = t * jnp.arange(b + 1, dtype=jnp.int32)
         flat_TNH = q_BTNH.reshape(b * t, n, h)
-        o_TNH = paged_kernels.ragged(flat_TNH, *pool, tables_BN, shown_B, cu_q_lens, jnp.int32(b), compute)
+        o_TNH = paged_kernels.ragged(flat_TNH, pool[0], tables_BN, shown_B, cu_q_lens, jnp.int32(b), compute)
         o_BTNH = o_TNH.reshape(b, t, n, h)
     return o_BTNH.astype(q_BTNH.dtype), pool
 

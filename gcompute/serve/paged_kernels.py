@@ -1,7 +1,7 @@
 """The attention kernels over pages that JAX ships for TPUs: what they take, and how they are called.
 
-Both read keys and values where they lie in the pool, page by page through fast memory. "ragged" takes rows of any number
-of queries, "paged" one query a row. They are the same in JAX 0.7.2 to 0.10.
+Both read keys and values where they lie in the pool, page by page through fast memory. "ragged" takes rows of any
+number of queries, "paged" one query a row. They are the same in JAX 0.7.2 to 0.10.
 
 Source: Kwon et al. 2023 (PagedAttention); jax.experimental.pallas.ops.tpu.{ragged_paged_attention,paged_attention}.
 """
@@ -83,9 +83,9 @@ def ragged(
     num_rows: Int[Array, ""],
     compute: jnp.dtype,
 ) -> Float[Array, "t n h"]:
-    """Attention of flat queries to the cells of their rows; key head i lies at 2 i of a cell and value head i after it.
+    """Attention of flat queries to their rows' cells; key head i lies at 2 i of a cell and value head i after it.
 
-    Every row below `num_rows` has a query and a cell at least: the kernel waits forever for pages of a row that has none.
+    Every row below `num_rows` has a query and a cell at least: the kernel would wait forever for the pages of another.
     """
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 

@@ -19,9 +19,17 @@ from gcompute.parallel.mesh import use_mesh
 from gcompute.parallel.rules import param_shardings
 from gcompute.serve.lowered import COMPUTE, ServingPlacement, check_serve, serving_mesh
 from gcompute.serve.paged_attention import POOL_DIMS, Kernel, check_kernel
-from gcompute.serve.paged_model import DecodeRows, MixedRows, PagedShape, Pools, decode_steps, empty_pools, mixed_step
+from gcompute.serve.paged_model import (
+    DecodeRows,
+    MixedRows,
+    PagedShape,
+    Pools,
+    decode_steps,
+    empty_pools,
+    mixed_step,
+    no_rows,
+)
 from gcompute.serve.programs import serving_params
-from gcompute.serve.sampler import SamplingRows
 
 PagedProgram = Literal["mixed", "decode"]
 PAGE = 16
@@ -49,14 +57,13 @@ def lower_paged(
     Raises:
       ValueError: the mesh, the sizes and the kernel do not go together.
     """
-    # A mixed step of fewer tokens than rows would have rows without one.
     prompt = max(1, min(tokens, max_context))
     check_serve(config, MeshShape(**dict(mesh.shape)), slots=slots, max_context=max_context, prompt=prompt)
     mesh = serving_mesh(mesh)
     shape = MeshShape(**dict(mesh.shape))
     _check(config, shape, program=program, kernel=kernel, tokens=tokens, slots=slots, precision=precision)
-    whole = "K" if config.num_kv_heads % shape.tensor else ""
-    placement = ServingPlacement(mesh=mesh, shape=shape, whole=whole + "B" * (program == "mixed"))
+    undivided = "K" * bool(config.num_kv_heads % shape.tensor) + "B" * (program == "mixed")
+    placement = ServingPlacement(mesh=mesh, shape=shape, whole=undivided)
     pages_per_row = -(-max_context // page)
     paged = PagedShape(
         model=config,
@@ -71,37 +78,20 @@ def lower_paged(
     pool_shardings = jax.tree.map(lambda leaf: leaf.sharding, pools)
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def array(dims: str, *sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, placement.spec(dims)))
+    def whole(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=replicated)
 
-    sampling = SamplingRows(
-        temperature=array("B", slots, dtype=jnp.float32),
-        top_k=array("B", slots),
-        top_p=array("B", slots, dtype=jnp.float32),
-        min_p=array("B", slots, dtype=jnp.float32),
-        seed=array("B_", slots, 2, dtype=jnp.uint32),
-    )
-    tables, lengths = array("B_", slots, pages_per_row), array("B", slots)
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = placement.spec("B" * bool(leaf.shape) + "_" * (len(leaf.shape) - 1))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    kind = MixedRows if program == "mixed" else DecodeRows
+    rows = jax.tree.map(placed, jax.eval_shape(partial(no_rows, paged, kind)))
     if program == "mixed":
-        function: Any = partial(_mixed_tokens, shape=paged)
-        rows: Any = MixedRows(
-            tables=tables,
-            lengths=lengths,
-            cu_q_lens=array("_", slots + 1),
-            num_rows=array(""),
-            sampling=sampling,
-        )
-        arguments, chosen = (array("_", tokens), rows), replicated
+        function, arguments, chosen = partial(_mixed_tokens, shape=paged), (whole(tokens), rows), replicated
     else:
         function = partial(decode_steps, shape=paged, most_steps=most_steps)
-        rows = DecodeRows(
-            tables=tables,
-            lengths=lengths,
-            token=array("B", slots),
-            running=array("B", slots, dtype=bool),
-            sampling=sampling,
-        )
-        arguments, chosen = (rows, array("")), NamedSharding(mesh, placement.spec("B_"))
+        arguments, chosen = (rows, whole()), NamedSharding(mesh, placement.spec("B_"))
     with use_mesh(mesh):
         return jax.jit(function, donate_argnums=1, out_shardings=(pool_shardings, chosen)).lower(
             params, pools, *arguments

@@ -124,6 +124,25 @@ def empty_pools(shape: PagedShape) -> Pools:
     return tuple(layer() for _ in range(shape.model.layers))
 
 
+def no_rows(shape: PagedShape, kind: type[MixedRows] | type[DecodeRows]) -> MixedRows | DecodeRows:
+    """Rows that stand for no request."""
+    b = shape.rows
+    shared = {
+        "tables": jnp.zeros((b, shape.pages_per_row), jnp.int32),
+        "lengths": jnp.zeros(b, jnp.int32),
+        "sampling": SamplingRows(
+            temperature=jnp.zeros(b, jnp.float32),
+            top_k=jnp.zeros(b, jnp.int32),
+            top_p=jnp.ones(b, jnp.float32),
+            min_p=jnp.zeros(b, jnp.float32),
+            seed=jnp.zeros((b, 2), jnp.uint32),
+        ),
+    }
+    if kind is MixedRows:
+        return MixedRows(cu_q_lens=jnp.zeros(b + 1, jnp.int32), num_rows=jnp.int32(0), **shared)
+    return DecodeRows(token=jnp.zeros(b, jnp.int32), running=jnp.zeros(b, bool), **shared)
+
+
 def mixed_step(
     params: Params, pools: Pools, tokens_T: Int[Array, "t"], rows: MixedRows, *, shape: PagedShape
 ) -> tuple[Pools, Int[Array, "b"], Float[Array, "b v"]]:

@@ -20,6 +20,7 @@ N, K, PAGE, PAGES, NUM_PAGES = 4, 2, 8, 3, 12
 LENGTHS, QUERIES = (17, 6, 12, 1), (1, 6, 5, 1)
 TABLES = np.array([[3, 4, 9], [7, 0, 0], [2, 5, 0], [1, 0, 0]], np.int32)
 NO_ROW = np.zeros((1, PAGES), np.int32)
+GATHERED = jax.jit(functools.partial(attend_paged, kernel="xla", compute=jnp.float32))
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def filled(kernel: str, head: int, dtype=jnp.float32, *, kv_heads: int = K, page
     pool = empty_pool(kernel, num_pages=pages, page=PAGE, kv_heads=kv_heads, head_size=head, dtype=dtype)
     at = [jnp.asarray(x, jnp.int32) for x in np.divmod(np.arange(pages * PAGE), PAGE)]
     flat = [jnp.asarray(x.reshape(-1, kv_heads, head)) for x in (keys, values)]
-    return write_cells(pool, *flat, *at, kernel), keys, values
+    return jax.jit(write_cells, static_argnums=5)(pool, *flat, *at, kernel), keys, values
 
 
 def new_tokens(num: int, head: int, *, kv_heads: int = K, heads: int = N):
@@ -93,15 +94,8 @@ def test_gathered_pages_are_a_contiguous_cache_bit_for_bit(chunk: int):
         for row in range(rows):
             cells[row, positions_BT[row]] = new[row]
     visible = np.arange(PAGES * PAGE) <= positions_BT[..., None]
-    expected = attend(*map(jnp.asarray, (q, *cache, visible)), jnp.float32)
-    found, pool = attend_paged(
-        *map(jnp.asarray, (q, k, v)),
-        pool,
-        jnp.asarray(tables),
-        jnp.asarray(lengths, jnp.int32),
-        kernel="xla",
-        compute=jnp.float32,
-    )
+    expected = jax.jit(attend, static_argnums=4)(*map(jnp.asarray, (q, *cache, visible)), jnp.float32)
+    found, pool = GATHERED(*map(jnp.asarray, (q, k, v)), pool, jnp.asarray(tables), jnp.asarray(lengths, jnp.int32))
     np.testing.assert_array_equal(found, expected)
     for pages, cells in zip(pool, cache, strict=True):
         np.testing.assert_array_equal(np.asarray(pages)[tables].swapaxes(2, 3).reshape(cells.shape), cells)
@@ -111,7 +105,7 @@ def test_a_row_of_no_request_writes_nothing():
     pool, _, _ = filled("xla", 8)
     q, k, v = (jnp.asarray(x)[:, None] for x in new_tokens(2, 8))
     tables, lengths = jnp.asarray(TABLES[:2]), jnp.asarray([0, 6], jnp.int32)
-    _, after = attend_paged(q, k, v, pool, tables, lengths, kernel="xla", compute=jnp.float32)
+    _, after = GATHERED(q, k, v, pool, tables, lengths)
     changed = {tuple(at) for x, y in zip(pool, after, strict=True) for at in np.argwhere(np.asarray(x != y))[:, [0, 2]]}
     assert changed == {(7, 5)}
 
@@ -120,7 +114,7 @@ def test_cells_past_a_table_are_dropped():
     pool, _, _ = filled("xla", 8)
     q, k, v = (jnp.asarray(x)[:, None] for x in new_tokens(1, 8))
     tables, lengths = jnp.asarray(TABLES[:1]), jnp.asarray([PAGES * PAGE + 1], jnp.int32)
-    _, after = attend_paged(q, k, v, pool, tables, lengths, kernel="xla", compute=jnp.float32)
+    _, after = GATHERED(q, k, v, pool, tables, lengths)
     for before, pages in zip(pool, after, strict=True):
         np.testing.assert_array_equal(before, pages)
 
@@ -178,9 +172,9 @@ def test_a_mesh_attends_as_one_device_does(text: str, kv_heads: int):
     mesh = build_mesh(shape)
     head, data = 8, shape.data
     q, k, v = (jnp.asarray(x)[:, None] for x in new_tokens(4, head))
-    pool, keys, values = filled("xla", head)
+    pool = filled("xla", head)[0]
     lengths = jnp.asarray(LENGTHS, jnp.int32)
-    expected, _ = attend_paged(q, k, v, pool, jnp.asarray(TABLES), lengths, kernel="xla", compute=jnp.float32)
+    expected, _ = GATHERED(q, k, v, pool, jnp.asarray(TABLES), lengths)
     heads = max(kv_heads, shape.tensor)
     repeated = tuple(jnp.repeat(pages, heads // kv_heads, axis=1) for pages in pool)
     # Each share of the rows has all pages, in the same places.
@@ -189,7 +183,8 @@ def test_a_mesh_attends_as_one_device_does(text: str, kv_heads: int):
     run = functools.partial(attend_paged, kernel="xla", compute=jnp.float32, placement=placement)
     with use_mesh(mesh):
         found, _ = jax.jit(run)(q, k, v, shared, jnp.asarray(TABLES), lengths)
-    np.testing.assert_array_equal(found, expected)
+    # Fewer heads a device: products of another shape, whose sums may be in another order.
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
