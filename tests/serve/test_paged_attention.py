@@ -128,8 +128,11 @@ def test_flat_tokens_are_each_rows_own_attention(spare_rows: int):
 @pytest.mark.parametrize(
     ("head", "dtype", "atol"),
     # float32 sums; bfloat16 rounds weights and results to 8 bits. A head of 16 is padded.
-    [(128, jnp.float32, 1e-5), (16, jnp.float32, 1e-5), (128, jnp.bfloat16, 0.03)],
-    ids=["float32", "padded head", "bfloat16"],
+    [
+        pytest.param(128, jnp.float32, 1e-5, id="float32", marks=pytest.mark.slow),
+        pytest.param(16, jnp.float32, 1e-5, id="padded head"),
+        pytest.param(128, jnp.bfloat16, 0.03, id="bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_the_ragged_kernel_is_each_rows_own_attention(head: int, dtype, atol: float):
     check_ragged("ragged", head, 2, dtype, atol=atol)
@@ -151,7 +154,14 @@ def check_ragged(kernel: str, head: int, spare_rows: int, dtype, *, atol: float)
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("kernel", "head"), [("ragged", 128), ("paged", 128), ("paged", 64)])
+@pytest.mark.parametrize(
+    ("kernel", "head"),
+    [
+        pytest.param("ragged", 128, marks=pytest.mark.slow),
+        pytest.param("paged", 128, marks=pytest.mark.slow),
+        ("paged", 64),
+    ],
+)
 def test_a_step_of_decoding_by_a_kernel(kernel: str, head: int):
     pool, keys, values = filled(kernel, head, jnp.bfloat16)
     tables, lengths = np.concatenate([TABLES, NO_ROW])[[0, 1, 4, 2, 3]], np.array([17, 6, 0, 12, 1], np.int32)
@@ -185,6 +195,26 @@ def test_a_mesh_attends_as_one_device_does(text: str, kv_heads: int):
         found, _ = jax.jit(run)(q, k, v, shared, jnp.asarray(TABLES), lengths)
     # Fewer heads a device: products of another shape, whose sums may be in another order.
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_the_ragged_kernel_on_a_mesh(tensor: int):
+    """Each device runs it on its own heads; with 4, two devices keep the same head."""
+    head, total = 128, sum(QUERIES)
+    shape = MeshShape(tensor=tensor)
+    mesh = build_mesh(shape)
+    q, k, v = (jnp.asarray(x) for x in new_tokens(total, head))
+    (pages,), keys, values = filled("ragged", head)
+    by_head = pages.reshape(NUM_PAGES, PAGE, K, 2, head)
+    pool = (jnp.repeat(by_head, max(K, tensor) // K, axis=2).reshape(NUM_PAGES, PAGE, -1, head),)
+    placement = Placement(mesh=mesh, shape=shape)
+    run = functools.partial(attend_ragged, kernel="ragged", compute=jnp.float32, placement=placement)
+    with use_mesh(mesh):
+        found, _ = jax.jit(run)(q, k, v, pool, *ragged_rows(1))
+    expected = textbook(*map(np.asarray, (q, k, v)), keys, values, TABLES, LENGTHS, QUERIES)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def expected_tokens(name: str) -> list[list[int]]:
     return [row[:num] for row, num in zip(greedy(name, STEPS + 2), (STEPS + 1, STEPS + 2, STEPS + 1), strict=True)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["dense", pytest.param("experts", marks=pytest.mark.slow)])
 def test_chunks_and_steps_side_by_side_are_the_whole_sequence(name: str):
     shape = paged_shape(name)
     run_mixed = jax.jit(partial(mixed_step, shape=shape))
@@ -132,7 +132,14 @@ def placed(lowered):
     return lambda *args: compiled(*jax.tree.map(jax.device_put, args, compiled.input_shardings[0]))
 
 
-@pytest.mark.parametrize(("name", "text"), [("dense", "tensor=2"), ("dense", "tensor=4"), ("experts", "expert=2")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        pytest.param("dense", "tensor=2", marks=pytest.mark.slow),
+        ("dense", "tensor=4"),
+        pytest.param("experts", "expert=2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_mesh_serves_what_one_device_does(name: str, text: str):
     mesh = build_mesh(MeshShape.parse(text))
     sizes = {"slots": ROWS, "max_context": CONTEXT, "tokens": TOKENS, "page": PAGE, "num_pages": 10}
