@@ -15,6 +15,28 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SlotStats:
+    """One running request, in numbers. phase: "prefill" or "decode"."""
+
+    slot: int
+    request_id: int
+    phase: str
+    num_prompt: int
+    num_cached: int
+    num_output: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastDecode:
+    """The last decode dispatch: its requests, the mean of their cells, and seconds a step as measured."""
+
+    rows: int = 0
+    cells: int = 0
+    step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """What the engine is doing, and what it has done since it was made. Cells count tokens' keys and values.
 
@@ -33,3 +55,16 @@ class EngineStats:
     num_decode_steps: int
     num_prompt_tokens: int
     num_output_tokens: int
+    page_tokens: int = 0
+    num_pages: int = 0
+    num_pages_free: int = 0
+    num_pages_cached: int = 0
+    num_pages_used: int = 0
+    num_hit_tokens: int = 0
+    num_preemptions: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    running: tuple[SlotStats, ...] = ()
+    decode_batch: int = 0
+    decode_cells: int = 0
+    last_decode_step_s: float = 0.0
