@@ -41,7 +41,8 @@ SERVE_PROGRAMS = ("prefill", "decode")
 PAGED_PROGRAMS = {"xla": ("mixed", "decode"), "ragged": ("mixed", "decode"), "paged": ("decode",)}
 MIXED_TOKENS = 512
 ONE_PASS = {"prefill": "one prefill", "mixed": "one mixed step", "decode": "one decode step"}
-NOT_OF_A_SERVING_PROGRAM = {"host", "port", "max_queue", "max_context"}
+OF_A_SERVING_PROGRAM = {"slots", "decode_steps", "page", "precision"}
+NOT_OF_A_SERVING_PROGRAM = {field.name for field in dataclasses.fields(ServeConfig)} - OF_A_SERVING_PROGRAM
 SERVE_MEMORY_ROWS = {
     **MEMORY_ROWS,
     "arguments_bytes": "arguments: parameters, key/value cache",
@@ -171,6 +172,7 @@ def serve(
         "prompt": prompt or -(-context // 2),
         "precision": served.precision,
         "decode_steps": served.decode_steps,
+        "page": served.page,
     }
     request = {**asked, "kind": "serve", "target": str(target), "model": dataclasses.asdict(config)}
     request |= {"programs": [program] if program else programs, "hlo": str(hlo.absolute()) if hlo else None}

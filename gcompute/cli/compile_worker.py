@@ -83,7 +83,8 @@ def compile_serve(request: dict[str, Any], tell: Any) -> dict[str, Any]:
     reports = {}
     for program in request["programs"]:
         tell(doing=f"tracing {program}")
-        sizes = {"slots": request["slots"], "max_context": request["context"], "precision": request["precision"]}
+        sizes = {"slots": request["slots"], "max_context": request["context"], "page": request["page"]}
+        sizes |= {"precision": request["precision"]}
         if request["attention"] is None:
             prompt, steps = request["prompt"], request["decode_steps"]
             lowered = lower_serve(model, mesh, program=program, prompt=prompt, decode_steps=steps, **sizes)

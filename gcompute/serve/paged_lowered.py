@@ -17,7 +17,8 @@ from gcompute.config.model import ModelConfig
 from gcompute.model.transformer import Execution, abstract_params, param_dims
 from gcompute.parallel.mesh import use_mesh
 from gcompute.parallel.rules import param_shardings
-from gcompute.serve.lowered import COMPUTE, ServingPlacement, check_serve, serving_mesh
+from gcompute.serve.assembly import COMPUTE
+from gcompute.serve.lowered import PAGE, check_serve
 from gcompute.serve.paged_attention import POOL_DIMS, Kernel, check_kernel
 from gcompute.serve.paged_model import (
     DecodeRows,
@@ -29,10 +30,10 @@ from gcompute.serve.paged_model import (
     mixed_step,
     no_rows,
 )
-from gcompute.serve.programs import serving_params
+from gcompute.serve.placement import ServingPlacement, serving_mesh
+from gcompute.serve.weights import Layout, serving_weights
 
 PagedProgram = Literal["mixed", "decode"]
-PAGE = 16
 
 
 def lower_paged(
@@ -128,9 +129,8 @@ def _check(
 def _abstract_params(shape: PagedShape, placement: ServingPlacement) -> Any:
     """The parameters as the engine keeps them, each laid out by its rule."""
     config = shape.model
-    abstract = jax.eval_shape(
-        partial(serving_params, config=config, compute=shape.execution.compute), abstract_params(config)
-    )
+    lay_out = partial(serving_weights, config=config, compute=shape.execution.compute, layout=Layout.PLAIN)
+    abstract = jax.eval_shape(lay_out, abstract_params(config))
     dims = param_dims(config)
     block = jax.tree.map(lambda letters: letters.removeprefix("L"), dims["blocks"])
     dims = {**dims, "blocks": dict.fromkeys(range(config.layers), block)}

@@ -23,7 +23,7 @@ from gcompute.serve.paged_model import (
     mixed_step,
     no_rows,
 )
-from gcompute.serve.programs import serving_params
+from gcompute.serve.weights import Layout, serving_weights
 
 ROWS, CONTEXT, PAGE, TOKENS, STEPS = 4, 32, 8, 12, 3
 EXECUTION = Execution(compute=jnp.float32, unroll=2)
@@ -40,7 +40,7 @@ def params_of(name: str):
     config = MODELS[name]
     # Larger than the usual initial values, so that choices are far from ties.
     params = jax.tree.map(lambda leaf: 4 * leaf if leaf.ndim > 1 else leaf, init(config, jax.random.key(0)))
-    return serving_params(params, config, jnp.float32)
+    return serving_weights(params, config, compute=jnp.float32, layout=Layout.PLAIN)
 
 
 def paged_shape(name: str, *, num_pages: int = 10) -> PagedShape:
