@@ -12,9 +12,9 @@ from gcompute.config.presets import PRESETS
 from gcompute.config.serve import ServeConfig
 from gcompute.model.tokenizer import StreamDecoder
 from gcompute.model.transformer import Execution, forward, init
-from gcompute.serve.engine import Engine, Status
 from gcompute.serve.assembly import engine_shape
 from gcompute.serve.compilation import compile_program, list_programs
+from gcompute.serve.engine import Engine, Status
 from gcompute.serve.request import NotReady, QueueFull, Request, RequestError, Sampling
 from gcompute.serve.state import Weights
 from gcompute.serve.stream import Reason
