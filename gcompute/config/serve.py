@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from gcompute.config.fields import check_choices, check_numbers, option
+from gcompute.config.mesh import MeshShape
 from gcompute.config.train import PRECISIONS
 
 POSITIVE = (
@@ -14,10 +15,14 @@ POSITIVE = (
     "chunk",
     "token_budget",
     "kv_tokens",
+    "draft_tokens",
+    "draft_batch",
     "timeout_s",
     "max_body_bytes",
 )
 PREEMPTIONS = ("recompute", "swap")
+QUANTIZED = ("int8",)
+SPECULATIONS = ("none", "ngram", "draft")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +45,20 @@ class ServeConfig:
     preemption: str = option(
         "recompute", "when pages run out, read a request again later or keep its pages on the host", choices=PREEMPTIONS
     )
+    speculate: str = option(
+        "none",
+        "propose tokens that are judged together: by n-gram lookup, or by the model of --draft",
+        choices=SPECULATIONS,
+    )
+    draft_tokens: int = option(4, "tokens proposed at a time")
+    draft_batch: int = option(8, "most requests that speculate together; beyond it, plain decoding")
     deterministic: bool = option(False, "the same bits whatever else runs, at a cost in speed")
     timeout_s: float | None = option(None, "longest that a call may take, in seconds (default: no limit)")
     max_body_bytes: int = option(4 << 20, "largest request body; larger ones are answered 413")
-    precision: str = option("bfloat16", "dtype of matmul operands and of the KV cache", choices=PRECISIONS)
+    precision: str = option("bfloat16", "dtype of matmul operands", choices=PRECISIONS)
+    weights: str | None = option(None, "dtype that matmul weights are kept in (default: the precision)", choices=QUANTIZED)
+    kv: str | None = option(None, "dtype that keys and values are kept in (default: the precision)", choices=QUANTIZED)
+    mesh: MeshShape | None = option(None, "mesh axes, such as tensor=2 or data=2,expert=4 (default: one device)")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -52,3 +67,5 @@ class ServeConfig:
             raise ValueError(f"port must be below 65536, got {self.port}.")
         if self.chunk % self.page:
             raise ValueError(f"chunk={self.chunk} must be a multiple of page={self.page}.")
+        if self.deterministic and self.speculate != "none":
+            raise ValueError("deterministic and speculate exclude each other: what is proposed changes the programs.")

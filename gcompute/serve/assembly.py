@@ -1,4 +1,4 @@
-"""From a configuration to an engine's shape: its limits, and as many pages as all slots need or memory leaves."""
+"""From a configuration to an engine's shape: its mesh, its limits, and as many pages as all slots need or memory leaves."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,12 @@ from gcompute.config.model import ModelConfig
 from gcompute.config.serve import ServeConfig
 from gcompute.measure.machine import host_memory_bytes
 from gcompute.model.transformer import Execution
+from gcompute.parallel.mesh import build_mesh
 from gcompute.plan.serve_workspace import decode_workspace, prefill_workspace, weights_here
-from gcompute.plan.sizes import cache_bytes
+from gcompute.plan.serving import ServeRun, cache_of_one
 from gcompute.serve.buckets import make_buckets
 from gcompute.serve.limits import Limits
+from gcompute.serve.placement import check_mesh, place
 from gcompute.serve.state import EngineShape
 
 COMPUTE = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -24,9 +26,9 @@ USABLE = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Where a device's memory goes, in bytes. available: what the device, or the host that is one, has left.
+    """Where a device's memory goes, in bytes. available: what the device, or the host that is one, can give.
 
-    workspace: predicted, of the largest program. page: of one page.
+    weights and workspace are predicted: see `plan.serve_workspace`. page: of one page.
     """
 
     available: int
@@ -37,84 +39,131 @@ class Budget:
     @property
     def num_pages(self) -> int:
         """Pages that fit."""
-        return int((self.available * USABLE - self.weights - self.workspace) // self.page)
+        return max(0, int((self.available * USABLE - self.weights - self.workspace) // self.page))
 
 
-def engine_shape(config: ModelConfig, serve: ServeConfig) -> EngineShape:
-    """The shape of an engine on this process's first device.
+def engine_shape(config: ModelConfig, serve: ServeConfig, draft: ModelConfig | None = None) -> EngineShape:
+    """The shape of an engine on this process's devices: the first, or those of `serve.mesh`.
 
     Raises:
-      ValueError: the context does not fit the model, or the pages of one request do not fit the memory.
+      ValueError: the context or the mesh does not fit the model, the pages of one request do not fit the memory, or the
+        draft model is not one for this model.
     """
     max_context = serve.max_context or config.context
     if max_context > config.context:
         raise ValueError(f"max_context={max_context} exceeds the model's context. Use at most {config.context}.")
     if max_context < 2:
         raise ValueError("max_context must be at least 2: one token of prompt and one of output.")
-    longest = make_buckets(max_context, serve.page)[-1]
-    num_pages = _num_pages(config, serve, longest)
+    _check_draft(config, serve, draft, max_context)
+    mesh = serve.mesh or MeshShape()
+    check_mesh(config, mesh, slots=serve.slots)
+    if draft is not None:
+        check_mesh(draft, mesh, slots=serve.slots)
+    placement = None if mesh.num_devices == 1 else place(config, build_mesh(mesh))
+    drafts = 0 if serve.speculate == "none" else serve.draft_tokens
+    longest = make_buckets(max_context + drafts, serve.page)[-1]
     limits = Limits(
         slots=serve.slots,
         max_queue=serve.max_queue,
         max_context=max_context,
         decode_steps=serve.decode_steps,
         page=serve.page,
-        num_pages=num_pages,
+        num_pages=_num_pages(config, serve, longest, mesh, draft),
         chunk=min(serve.chunk, longest),
         token_budget=serve.token_budget,
+        shares=mesh.data * mesh.fsdp,
+        drafts=drafts,
+        draft_batch=min(serve.draft_batch, serve.slots),
         prefix_cache=serve.prefix_cache,
         swap=serve.preemption == "swap" or serve.deterministic,
         deterministic=serve.deterministic,
     )
     compute = COMPUTE[serve.precision]
     return EngineShape(
-        model=config, execution=Execution(compute=compute, unroll=config.layers), limits=limits, kv=compute
+        model=config,
+        draft=draft,
+        execution=Execution(compute=compute, unroll=config.layers, placement=placement),
+        limits=limits,
+        kv=serve.kv or compute,
+        int8=serve.weights == "int8",
     )
 
 
-def _num_pages(config: ModelConfig, serve: ServeConfig, longest: int) -> int:
-    """As asked for; else what all slots need at their longest, or fewer where memory lacks."""
-    a_row = longest // serve.page
-    if serve.kv_tokens is not None:
-        num_pages = serve.kv_tokens // serve.page
-        if num_pages < a_row:
-            raise ValueError(
-                f"kv_tokens={serve.kv_tokens} cannot hold one request of max_context={longest}. "
-                f"Use at least {a_row * serve.page}, or a smaller max_context."
-            )
-        return num_pages
-    budget = memory_budget(config, serve, longest)
-    if budget.num_pages < a_row:
+def _check_draft(config: ModelConfig, serve: ServeConfig, draft: ModelConfig | None, max_context: int) -> None:
+    if (draft is None) == (serve.speculate == "draft"):
+        raise ValueError("speculate=draft and a draft model go together: give both or neither.")
+    if draft is not None and (draft.vocab != config.vocab or draft.context < max_context):
         raise ValueError(
-            f"the model and one request of max_context={longest} need "
-            f"{(budget.weights + budget.workspace + a_row * budget.page) / 2**30:.2f} GiB (predicted), and "
-            f"{budget.available * USABLE / 2**30:.2f} GiB are usable. Use a smaller max_context or fewer slots."
+            f"the draft model has vocab={draft.vocab} and context={draft.context}; it needs vocab={config.vocab} and "
+            f"a context of at least {max_context}."
         )
-    return min(serve.slots * a_row, budget.num_pages)
 
 
-def memory_budget(config: ModelConfig, serve: ServeConfig, longest: int) -> Budget:
-    """The plan's account of weights and workspace, and what the device has."""
-    model, mesh = architecture(config), MeshShape()
-    value_bytes = float(jnp.dtype(COMPUTE[serve.precision]).itemsize)
-    workspace = max(
-        decode_workspace(
-            model, mesh, rows=serve.slots, cells=longest, weight_bytes=value_bytes, cache_bytes=value_bytes
-        ),
-        prefill_workspace(model, mesh, tokens=min(serve.chunk, longest), cache_bytes=value_bytes, chip=None),
-    )
-    # A decode dispatch works on a copy of its rows' pages.
-    workspace += cache_bytes(model, serve.slots * longest, value_bytes=value_bytes)
-    return Budget(
-        available=device_bytes(),
-        weights=weights_here(model, mesh).num_bytes(value_bytes),
-        workspace=workspace,
-        page=cache_bytes(model, serve.page, value_bytes=value_bytes),
-    )
+def _num_pages(
+    config: ModelConfig, serve: ServeConfig, longest: int, mesh: MeshShape, draft: ModelConfig | None
+) -> int:
+    """As asked for; else what all slots need at their longest, or fewer where memory lacks. Equal for all shares."""
+    a_row, shares = longest // serve.page, mesh.data * mesh.fsdp
+    if serve.kv_tokens is not None:
+        per_share = serve.kv_tokens // serve.page // shares
+        if per_share < a_row:
+            raise ValueError(
+                f"kv_tokens={serve.kv_tokens} cannot hold one request of max_context={longest} in each of {shares} "
+                f"share{'s' * (shares > 1)}. Use at least {a_row * serve.page * shares}, or a smaller max_context."
+            )
+        return per_share * shares
+    budget = memory_budget(config, serve, longest, mesh, draft)
+    if budget.num_pages < a_row:
+        need = budget.weights + budget.workspace + a_row * budget.page
+        raise ValueError(
+            f"the model and one request of max_context={longest} need {need / 2**30:.2f} GiB a device (predicted), and "
+            f"{budget.available * USABLE / 2**30:.2f} GiB are usable. Use a smaller max_context, fewer slots or a mesh."
+        )
+    return shares * min(serve.slots // shares * a_row, budget.num_pages)
+
+
+def memory_budget(
+    config: ModelConfig, serve: ServeConfig, longest: int, mesh: MeshShape, draft: ModelConfig | None = None
+) -> Budget:
+    """The plan's account of one device: weights and the workspace of the largest program, for both models; a page."""
+    value = serve.precision
+    rows, weights, workspace, page = serve.slots // (mesh.data * mesh.fsdp), 0.0, 0.0, 0.0
+    for one in (config, draft):
+        if one is None:
+            continue
+        run = ServeRun(
+            model=architecture(one),
+            prompt=1,
+            output=1,
+            context=longest,
+            mesh=mesh,
+            weights=serve.weights or value,
+            cache=serve.kv or value,
+        )
+        weights += weights_here(run.model, mesh).num_bytes(run.weight_bytes)
+        page += cache_of_one(run, serve.page)
+        workspace += max(
+            decode_workspace(
+                run.model,
+                mesh,
+                rows=rows,
+                cells=longest,
+                weight_bytes=run.weight_bytes,
+                cache_bytes=jnp.dtype(COMPUTE[value]).itemsize,
+            ),
+            prefill_workspace(
+                run.model,
+                mesh,
+                tokens=min(serve.chunk, longest),
+                cache_bytes=jnp.dtype(COMPUTE[value]).itemsize,
+                chip=None,
+            ),
+        )
+    return Budget(available=device_bytes(), weights=weights, workspace=workspace, page=page)
 
 
 def device_bytes() -> int:
-    """Bytes that the first device's allocator may hand out; where it keeps no count (CPU), what the host has left."""
+    """Bytes that a device's allocator may hand out; where it keeps no count (CPU), what the host has left."""
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
     return int(limit) if limit else host_memory_bytes()[1]

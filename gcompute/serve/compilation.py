@@ -1,25 +1,23 @@
 """Which programs an engine has, and their compilation ahead of time."""
 
-import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
-from gcompute.config.model import ModelConfig
-from gcompute.model.transformer import Params, unstack
-from gcompute.serve import programs
+from gcompute.parallel.mesh import use_mesh
+from gcompute.serve import programs, speculation
 from gcompute.serve.adjustments import NO_TOKEN
+from gcompute.serve.few_rows import COMPILER_OPTIONS
 from gcompute.serve.limits import Limits
+from gcompute.serve.placement import abstract_state
 from gcompute.serve.request import Sampling
-from gcompute.serve.state import EngineShape, Rows, empty_state, new_row
-
-MATMUL_WEIGHT = re.compile(r"(q|k|v|o|up|gate|down|head|embedding)_[A-Z]+")
-
+from gcompute.serve.state import EngineShape, Rows, Weights, empty_state, new_row
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -44,53 +42,68 @@ def list_programs(limits: Limits) -> tuple[Program, ...]:
         Program("init"),
         Program("admit"),
         *(Program("prefill", sizes) for sizes in sorted(chunks)),
-        *(Program("decode", (batch, bucket)) for batch in limits.batches for bucket in limits.buckets),
+        *(
+            Program("speculate" if batch in limits.draft_batches else "decode", (batch, bucket))
+            for batch in limits.batches
+            for bucket in limits.buckets
+        ),
         *(Program(kind, (bucket,)) for bucket in swaps for kind in ("swap_out", "swap_in")),
     )
 
 
-def serving_params(params: Params, config: ModelConfig, compute: Any) -> Params:
-    """One dict of parameters a layer, with matmul weights in the compute dtype, so that no step converts them again."""
-
-    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-        return leaf.astype(compute) if MATMUL_WEIGHT.fullmatch(path[-1].key) else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, unstack(params, config))
+def compile_program(program: Program, weights: Weights, shape: EngineShape) -> Callable[..., Any]:
+    """Compile one program for concrete or abstract `weights`; the state that it changes is donated."""
+    options = COMPILER_OPTIONS if _device_kind(shape) == "cpu" else None
+    return lower_program(program, weights, shape).compile(options)
 
 
-def compile_program(program: Program, params: Params, shape: EngineShape) -> Callable[..., Any]:
-    """Compile one program for concrete or abstract `params`; the state that it changes is donated."""
-    state = jax.eval_shape(partial(empty_state, shape))
-    number, flag = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), bool)
+def lower_program(program: Program, weights: Weights, shape: EngineShape) -> jax.stages.Lowered:
+    """One program, not compiled yet; on a mesh the state comes back laid out as it came."""
+    state, placement = abstract_state(shape), shape.execution.placement
+    whole = None if placement is None else NamedSharding(placement.mesh, PartitionSpec())
+    laid = None if placement is None else jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def numbers(*sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, jnp.int32)
+    def numbers(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=whole)
 
-    match program.kind, program.sizes:
-        case "init", ():
-            return jax.jit(partial(empty_state, shape)).lower().compile()
-        case "admit", ():
-            lowered = jax.jit(programs.admit, donate_argnums=0).lower(state, number, abstract_row(shape))
-        case "prefill", (chunk, bucket):
-            run = partial(programs.prefill, shape=shape, chunk=chunk)
-            table = numbers(bucket // shape.limits.page)
-            lowered = jax.jit(run, donate_argnums=1).lower(params, state, number, table, number, number, flag)
-        case "decode", (batch, bucket):
-            run = partial(programs.decode, shape=shape)
-            table = numbers(batch, bucket // shape.limits.page)
-            lowered = jax.jit(run, donate_argnums=1).lower(params, state, numbers(batch), table, number, flag)
-        case "swap_out", (bucket,):
-            lowered = jax.jit(programs.swap_out).lower(state, numbers(bucket // shape.limits.page))
-        case "swap_in", (bucket,):
-            table = numbers(bucket // shape.limits.page)
-            saved = jax.eval_shape(programs.swap_out, state, table)
-            lowered = jax.jit(programs.swap_in, donate_argnums=0).lower(state, table, saved)
-        case _:
-            raise AssertionError(program)
-    return lowered.compile()
+    def table(bucket: int, *rows: int) -> jax.ShapeDtypeStruct:
+        return numbers(*rows, bucket // shape.limits.page)
+
+    def like(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: numbers(*leaf.shape, dtype=leaf.dtype), tree)
+
+    number, flag = numbers(), numbers(dtype=bool)
+    with nullcontext() if placement is None else use_mesh(placement.mesh):
+        match program.kind, program.sizes:
+            case "init", ():
+                return jax.jit(partial(empty_state, shape), out_shardings=laid).lower()
+            case "admit", ():
+                admit = jax.jit(programs.admit, donate_argnums=0, out_shardings=laid)
+                return admit.lower(state, number, like(_row(shape)))
+            case "prefill", (chunk, bucket):
+                run = partial(programs.prefill, shape=shape, chunk=chunk)
+                prefill = jax.jit(run, donate_argnums=1, out_shardings=laid and (laid, whole))
+                return prefill.lower(weights, state, number, table(bucket), number, number, flag)
+            case ("decode" | "speculate") as kind, (batch, bucket):
+                run = partial(speculation.speculate if kind == "speculate" else programs.decode, shape=shape)
+                decode = jax.jit(run, donate_argnums=1, out_shardings=laid and (laid, whole))
+                return decode.lower(weights, state, numbers(batch), table(bucket, batch), number, flag)
+            case "swap_out", (bucket,):
+                return jax.jit(programs.swap_out, out_shardings=whole).lower(state, table(bucket))
+            case "swap_in", (bucket,):
+                saved = like(jax.eval_shape(programs.swap_out, state, table(bucket)))
+                swap_in = jax.jit(programs.swap_in, donate_argnums=0, out_shardings=laid)
+                return swap_in.lower(state, table(bucket), saved)
+    raise AssertionError(program)
 
 
-def abstract_row(shape: EngineShape) -> Rows:
+def _row(shape: EngineShape) -> Rows:
     """The row of a request, without its values."""
     row = partial(new_row, Sampling(), (0,), num_prompt=1, length=0, end=NO_TOKEN, seed=0)
     return jax.eval_shape(partial(row, num_cells=shape.num_cells))
+
+
+def _device_kind(shape: EngineShape) -> str:
+    placement = shape.execution.placement
+    device = jax.local_devices()[0] if placement is None else placement.mesh.devices.flat[0]
+    return device.platform

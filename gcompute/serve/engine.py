@@ -39,23 +39,32 @@ log = logging.getLogger(__name__)
 class Engine:
     """Continuous batching of one model on one device. Use it as a context manager, or call `start` and `close`.
 
+    draft: parameters and configuration of a smaller model of the same vocabulary, for `speculate="draft"`.
+
     Raises:
       ValueError: the configuration does not fit the model or the tokenizer.
     """
 
     def __init__(
-        self, params: Params, config: ModelConfig, tokenizer: Tokenizer | None, serve: ServeConfig | None = None
+        self,
+        params: Params,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        serve: ServeConfig | None = None,
+        *,
+        draft: tuple[Params, ModelConfig] | None = None,
     ):
         serve = serve or ServeConfig()
         if tokenizer is not None and tokenizer.vocab_size > config.vocab:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab}: give the model's own."
             )
-        shape = engine_shape(config, serve)
+        draft_params, draft_config = draft or (None, None)
+        shape = engine_shape(config, serve, draft_config)
         self.config = config
         self.tokenizer = tokenizer
         self.max_context = shape.limits.max_context
-        self._runner = Runner(params, shape)
+        self._runner = Runner(params, shape, draft_params)
         self._scheduler = Scheduler(shape.limits)
         self.max_choices = serve.max_queue + serve.slots
         # Guards all below; the engine's thread holds it only to decide and to record, never while the device runs.
@@ -67,7 +76,7 @@ class Engine:
         self._next_id = 0
         self._observers: list[Callable[[Finished], None]] = []
         self._last = LastDecode()
-        self._counts = {"decode_steps": 0, "prompt_tokens": 0, "output_tokens": 0}
+        self._counts = dict.fromkeys(("decode_steps", "prompt_tokens", "output_tokens", "drafted", "accepted"), 0)
         self._thread: threading.Thread | None = None
 
     # Life ------------------------------------------------------------------------------------------------------------
@@ -248,6 +257,8 @@ class Engine:
                 num_pages_used=sum(blocks.num_used for blocks in scheduler.blocks),
                 num_hit_tokens=scheduler.num_hit_tokens,
                 num_preemptions=scheduler.num_preemptions,
+                num_drafted=self._counts["drafted"],
+                num_accepted=self._counts["accepted"],
                 running=tuple(map(_slot_stats, running)),
                 decode_batch=self._last.rows,
                 decode_cells=self._last.cells,
@@ -367,6 +378,8 @@ class Engine:
         num_steps = max(len(tokens) for tokens, _ in chosen.values())
         with self._wake:
             self._counts["decode_steps"] += num_steps
+            self._counts["drafted"] += int(choices.drafted)
+            self._counts["accepted"] += int(choices.accepted)
             for request_id, (tokens, _) in chosen.items():
                 self._scheduler.record_decode(request_id, tokens)
             cells = sum(self._scheduler.running[request_id].cached for request_id in chosen) // len(chosen)

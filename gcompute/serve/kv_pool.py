@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gcompute.config.model import ModelConfig
+from gcompute.serve.int8 import dequantize, round_to, scales
 
 GARBAGE_PAGE = 0
-LARGEST_INT8 = 127
 
 
 @jax.tree_util.register_dataclass
@@ -85,10 +85,10 @@ def empty_pool(config: ModelConfig, *, num_pages: int, page: int, dtype: jnp.dty
     def zeros() -> tuple[Array, ...]:
         return tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
 
-    def scales() -> tuple[Array, ...]:
+    def no_scales() -> tuple[Array, ...]:
         return tuple(jnp.zeros(shape[:-1], jnp.float32) for _ in range(config.layers)) if quantized else ()
 
-    return KVPool(k=zeros(), v=zeros(), k_scale=scales(), v_scale=scales())
+    return KVPool(k=zeros(), v=zeros(), k_scale=no_scales(), v_scale=no_scales())
 
 
 def gather(pool: KVPool, tables_BN: Int[Array, "b n"], compute: jnp.dtype) -> RowCache:
@@ -135,7 +135,7 @@ def put_back(
         at = jnp.minimum(cells_BC, length - 1)[:, None, :, *(None,) * (rows.ndim - 3)]
         new = jnp.take_along_axis(rows, at, axis=2)
         if scale_BKS is not None:
-            new = requantize(new, jnp.take_along_axis(scale_BKS, at[..., 0], axis=2))
+            new = round_to(new, jnp.take_along_axis(scale_BKS, at[..., 0], axis=2))
         # Indices apart from a slice put their dims first: [B, C, K, ...].
         return pages.at[pages_BC, :, cells_BC % page].set(new.swapaxes(1, 2).astype(pages.dtype), mode="drop")
 
@@ -146,24 +146,6 @@ def put_back(
         k_scale=tuple(put(*both, None) for both in zip(pool.k_scale, cache.k_scale, strict=True)),
         v_scale=tuple(put(*both, None) for both in zip(pool.v_scale, cache.v_scale, strict=True)),
     )
-
-
-def scales_of(x: Float[Array, "... h"]) -> Float[Array, "..."]:
-    """The scale that makes the largest of H numbers 127."""
-    return jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / LARGEST_INT8
-
-
-def requantize(x: Float[Array, "... h"], scale: Float[Array, "..."]) -> Array:
-    """int8 of `x` by `scale`; of what `dequantize` made, even in bfloat16, the same int8 again.
-
-    bfloat16 keeps 8 bits, so a quotient is off by at most 127 / 2^9, and it rounds back.
-    """
-    safe = jnp.where(scale > 0, scale, 1.0)[..., None]
-    return jnp.clip(jnp.round(x.astype(jnp.float32) / safe), -LARGEST_INT8, LARGEST_INT8).astype(jnp.int8)
-
-
-def dequantize(x: Array, scale: Float[Array, "..."], compute: jnp.dtype) -> Array:
-    return (x.astype(jnp.float32) * scale[..., None]).astype(compute)
 
 
 def store(
@@ -184,12 +166,12 @@ def store(
 
     if not cache.k_scale:
         return (put(cache.k[layer], k_BTKH), put(cache.v[layer], v_BTKH)), None
-    scales = scales_of(k_BTKH), scales_of(v_BTKH)
+    new_scales = scales(k_BTKH), scales(v_BTKH)
     dtype = cache.k[layer].dtype
     k_BTKH, v_BTKH = (
-        dequantize(requantize(x, scale), scale, dtype) for x, scale in zip((k_BTKH, v_BTKH), scales, strict=True)
+        dequantize(round_to(x, scale), scale, dtype) for x, scale in zip((k_BTKH, v_BTKH), new_scales, strict=True)
     )
     return (
         (put(cache.k[layer], k_BTKH), put(cache.v[layer], v_BTKH)),
-        (put(cache.k_scale[layer], scales[0]), put(cache.v_scale[layer], scales[1])),
+        (put(cache.k_scale[layer], new_scales[0]), put(cache.v_scale[layer], new_scales[1])),
     )

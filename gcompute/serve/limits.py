@@ -11,8 +11,8 @@ class Limits:
 
     page: tokens a page. num_pages: of the whole pool, beside one a share that padding is written to. shares: equal
     parts of slots and pages that cannot lend to each other. chunk: most prompt tokens a dispatch. token_budget: most
-    tokens of decoding rows and prompts between two decode dispatches, though always one chunk. drafts: tokens that a
-    decode step may write beyond the one it must. swap: preemption keeps keys and values on the host.
+    tokens of decoding rows and prompts between two decode dispatches, though always one chunk. drafts: tokens that
+    speculation writes beyond the one it must. draft_batch: most rows that do. swap: preemption keeps keys and values on the host.
     """
 
     slots: int
@@ -25,6 +25,7 @@ class Limits:
     token_budget: int
     shares: int = 1
     drafts: int = 0
+    draft_batch: int = 0
     prefix_cache: bool = True
     swap: bool = False
     deterministic: bool = False
@@ -48,6 +49,11 @@ class Limits:
         return self.buckets[-1] // self.page
 
     @property
+    def garbage_pages(self) -> tuple[int, ...]:
+        """The first page of each share, which padding is written to."""
+        return tuple(share * (self.num_pages // self.shares + 1) for share in range(self.shares))
+
+    @property
     def chunks(self) -> tuple[int, ...]:
         """Prompt tokens that a prefill takes; in deterministic mode always the same."""
         if self.deterministic:
@@ -66,3 +72,8 @@ class Limits:
         per_share = self.slots // self.shares
         sizes = (per_share,) if self.deterministic else batch_buckets(per_share)
         return tuple(size * self.shares for size in sizes)
+
+    @property
+    def draft_batches(self) -> tuple[int, ...]:
+        """Batches that speculate: beyond some size, judging drafts costs more than they save."""
+        return tuple(size for size in self.batches if self.drafts and size <= bucket_of(self.draft_batch, self.batches))

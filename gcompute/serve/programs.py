@@ -1,7 +1,8 @@
 """The programs of the engine, each compiled once for each of its few sizes.
 
 admit tells a slot of its request. prefill[chunk, bucket] reads a chunk of one prompt. decode[rows, bucket] takes up to
-`num_steps` steps for some rows, attending to `bucket` cells of each. swap_out[bucket] and swap_in[bucket] take pages to
+`num_steps` steps for some rows, attending to `bucket` cells of each; speculate[rows, bucket] does so with drafts (see
+`speculation`). swap_out[bucket] and swap_in[bucket] take pages to
 the host and back. Whatever belongs to a request is data, so these and `init` are all the programs.
 """
 
@@ -11,13 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from gcompute.config.model import ModelConfig
 from gcompute.model.transformer import Params
 from gcompute.serve.adjustments import NO_TOKEN, adjust, is_end
 from gcompute.serve.choices import Choices
 from gcompute.serve.decoder import forward
-from gcompute.serve.kv_pool import KVPool, RowCache, gather, put_back
+from gcompute.serve.kv_pool import KVPool, RowCache
+from gcompute.serve.placement import one_row
 from gcompute.serve.sampler import quiet, sample
-from gcompute.serve.state import EngineShape, EngineState, Rows, put_rows, take_rows
+from gcompute.serve.shares import gather, put_back
+from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows
 
 
 def admit(state: EngineState, slot: Int[Array, ""], row: Rows) -> EngineState:
@@ -26,7 +30,7 @@ def admit(state: EngineState, slot: Int[Array, ""], row: Rows) -> EngineState:
 
 
 def prefill(
-    params: Params,
+    weights: Weights,
     state: EngineState,
     slot: Int[Array, ""],
     table_N: Int[Array, "n"],
@@ -41,39 +45,51 @@ def prefill(
 
     The chunk is padded with what lies behind it; the padding's keys and values are not put back.
     """
-    slot_1 = slot[None]
+    slot_1, table_1N, execution = slot[None], table_N[None], one_row(shape.execution)
     row = take_rows(state.rows, slot_1)
     positions_1T = (start + jnp.arange(chunk, dtype=jnp.int32))[None]
     tokens_1T = row.history.at[0, positions_1T].get(mode="fill", fill_value=0)
-    logits_1V, cache = forward(
-        params,
-        tokens_1T,
-        config=shape.model,
-        execution=shape.execution,
-        positions_BT=positions_1T,
-        cache=gather(state.pool, table_N[None], shape.execution.compute),
-        logits_at_B=num_tokens[None] - 1,
-    )
-    pool = put_back(state.pool, cache, table_N[None], start[None], num_tokens[None], num_cells=chunk)
+
+    def read(params: Params, config: ModelConfig, pool: KVPool) -> tuple[Array, KVPool]:
+        logits_1V, cache = forward(
+            params,
+            tokens_1T,
+            config=config,
+            execution=execution,
+            positions_BT=positions_1T,
+            cache=gather(pool, table_1N, execution.compute, shares=1, placement=execution.placement),
+            logits_at_B=num_tokens[None] - 1,
+        )
+        return logits_1V, put_back(
+            pool, cache, tables_BN=table_1N, start_B=start[None], count_B=num_tokens[None], num_cells=chunk, shares=1
+        )
+
+    logits_1V, pool = read(weights.model, shape.model, state.pool)
+    draft_pool = state.draft_pool
+    if shape.draft is not None:
+        assert weights.draft is not None
+        assert draft_pool is not None
+        _, draft_pool = read(weights.draft, shape.draft, draft_pool)
     length_1 = (start + num_tokens)[None]
     last_1 = last[None]
     adjusted_1V = adjust(logits_1V, row.adjustments, row.history, length_1, last_1)
     token_1 = sample(adjusted_1V, quiet(row.sampling, last_1), length_1)
+    zero_1 = jnp.zeros(1, jnp.int32)
     choices = Choices.empty(1, 1, shape.model.vocab).put(
-        jnp.zeros(1, jnp.int32), jnp.where(last_1, token_1, NO_TOKEN), logits_1V, row.reported & last_1
+        zero_1, zero_1, jnp.where(last_1, token_1, NO_TOKEN), logits_1V, row.reported & last_1
     )
-    read = replace(
+    row = replace(
         row,
         history=row.history.at[0, jnp.where(last_1, length_1, row.history.shape[1])].set(token_1, mode="drop"),
         length=length_1,
         active=last_1 & (row.remaining > 1) & ~is_end(token_1, row.adjustments),
         remaining=row.remaining - last_1,
     )
-    return EngineState(pool=pool, rows=put_rows(state.rows, slot_1, read)), choices
+    return EngineState(pool=pool, draft_pool=draft_pool, rows=put_rows(state.rows, slot_1, row)), choices
 
 
 def decode(
-    params: Params,
+    weights: Weights,
     state: EngineState,
     slots_B: Int[Array, "b"],
     tables_BN: Int[Array, "b n"],
@@ -89,7 +105,8 @@ def decode(
     what they wrote is put back at the end.
     """
     rows = take_rows(state.rows, slots_B)
-    cache = gather(state.pool, tables_BN, shape.execution.compute)
+    execution, shares = shape.execution, shape.limits.shares
+    cache = gather(state.pool, tables_BN, execution.compute, shares=shares, placement=execution.placement)
     bucket, first, steps = cache.length, rows, shape.limits.decode_steps
 
     def more(carry: tuple[Array, Rows, RowCache, Choices]) -> Array:
@@ -103,10 +120,10 @@ def decode(
         # A row that is not active may be longer than the bucket; it must only stay inside the model's positions.
         at_B1 = jnp.minimum(rows.length, bucket - 1)[:, None]
         logits_BV, cache = forward(
-            params,
+            weights.model,
             jnp.take_along_axis(rows.history, at_B1, axis=1),
             config=shape.model,
-            execution=shape.execution,
+            execution=execution,
             positions_BT=at_B1,
             cache=cache,
             logits_at_B=jnp.zeros_like(rows.length),
@@ -115,14 +132,23 @@ def decode(
         adjusted_BV = adjust(logits_BV, rows.adjustments, rows.history[:, :bucket], position_B, active_B)
         token_B = sample(adjusted_BV, quiet(rows.sampling, active_B), position_B)
         shown_B = jnp.where(active_B, token_B, NO_TOKEN)
-        choices = choices.put(jnp.full_like(position_B, step), shown_B, logits_BV, rows.reported & active_B)
+        which_B, at_B = jnp.arange(slots_B.shape[0]), jnp.full_like(position_B, step)
+        choices = choices.put(which_B, at_B, shown_B, logits_BV, rows.reported & active_B)
         return step + 1, advance(rows, token_B[:, None], active_B.astype(jnp.int32)), cache, choices
 
     choices = Choices.empty(slots_B.shape[0], steps, shape.model.vocab)
     _, rows, cache, choices = jax.lax.while_loop(more, take_step, (jnp.int32(0), rows, cache, choices))
     count_B = jnp.where(first.active, rows.length - first.length, 0)
-    pool = put_back(state.pool, cache, tables_BN, first.length, count_B, num_cells=steps)
-    return EngineState(pool=pool, rows=put_rows(state.rows, slots_B, rows)), choices
+    pool = put_back(
+        state.pool,
+        cache,
+        tables_BN=tables_BN,
+        start_B=first.length,
+        count_B=count_B,
+        num_cells=steps,
+        shares=shares,
+    )
+    return replace(state, pool=pool, rows=put_rows(state.rows, slots_B, rows)), choices
 
 
 def advance(rows: Rows, tokens_BT: Int[Array, "b t"], count_B: Int[Array, "b"]) -> Rows:
@@ -145,11 +171,17 @@ def advance(rows: Rows, tokens_BT: Int[Array, "b t"], count_B: Int[Array, "b"]) 
     )
 
 
-def swap_out(state: EngineState, table_N: Int[Array, "n"]) -> KVPool:
+Saved = tuple[KVPool, KVPool | None]
+
+
+def swap_out(state: EngineState, table_N: Int[Array, "n"]) -> Saved:
     """The contents of some pages."""
-    return jax.tree.map(lambda leaf: jnp.take(leaf, table_N, axis=0, mode="clip"), state.pool)
+    pools = (state.pool, state.draft_pool)
+    return jax.tree.map(lambda leaf: jnp.take(leaf, table_N, axis=0, mode="clip"), pools)
 
 
-def swap_in(state: EngineState, table_N: Int[Array, "n"], saved: KVPool) -> EngineState:
-    """The pool with those contents in other pages."""
-    return replace(state, pool=jax.tree.map(lambda leaf, part: leaf.at[table_N].set(part), state.pool, saved))
+def swap_in(state: EngineState, table_N: Int[Array, "n"], saved: Saved) -> EngineState:
+    """The pools with those contents in other pages."""
+    pools = (state.pool, state.draft_pool)
+    pool, draft_pool = jax.tree.map(lambda leaf, part: leaf.at[table_N].set(part), pools, saved)
+    return replace(state, pool=pool, draft_pool=draft_pool)

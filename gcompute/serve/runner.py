@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from gcompute.config.model import ModelConfig
 from gcompute.model.transformer import Params
 from gcompute.serve.choices import Choices
-from gcompute.serve.compilation import Program, compile_program, serving_params
-from gcompute.serve.kv_pool import GARBAGE_PAGE, KVPool
-from gcompute.serve.state import EngineShape, EngineState, Rows
+from gcompute.serve.compilation import Program, compile_program
+from gcompute.serve.placement import weight_shardings
+from gcompute.serve.programs import Saved
+from gcompute.serve.state import EngineShape, EngineState, Rows, Weights
+from gcompute.serve.weights import choose_layout, serving_weights
 from gcompute.serve.work import Decode, Prefill, SwapIn, SwapOut
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -45,21 +48,31 @@ class CompilationCount:
 class Runner:
     """Compiles once, then dispatches. Not locked: one thread dispatches."""
 
-    def __init__(self, params: Params, shape: EngineShape):
+    def __init__(self, params: Params, shape: EngineShape, draft: Params | None = None):
         self.shape = shape
         self.compiled: dict[Program, Callable[..., Any]] = {}
         self.state: EngineState | None = None
         self.num_dispatches = 0
         self.compilations = CompilationCount()
-        prepare = partial(serving_params, config=shape.model, compute=shape.execution.compute)
-        self._params = jax.jit(prepare)(params)
+
+        def prepare(params: Params, config: ModelConfig) -> Params:
+            placement, compute = shape.execution.placement, shape.execution.compute
+            layout = choose_layout(placement, jax.default_backend(), compute)
+            lay_out = partial(serving_weights, config=config, compute=compute, layout=layout, int8=shape.int8)
+            shardings = None if placement is None else weight_shardings(shape, config)
+            return jax.jit(lay_out, out_shardings=shardings)(params)
+
+        self._weights = Weights(
+            model=prepare(params, shape.model),
+            draft=prepare(draft, shape.draft) if draft is not None and shape.draft is not None else None,
+        )
         # Keys and values of preempted requests, on the host.
-        self._saved: dict[int, KVPool] = {}
+        self._saved: dict[int, Saved] = {}
 
     def compile(self, program: Program) -> None:
         """Compile a program that is not compiled yet."""
         if program not in self.compiled:
-            self.compiled[program] = compile_program(program, self._params, self.shape)
+            self.compiled[program] = compile_program(program, self._weights, self.shape)
 
     def reset(self) -> None:
         """Free all slots and pages."""
@@ -83,9 +96,16 @@ class Runner:
 
     def decode(self, work: Decode) -> Choices:
         """Take up to `num_steps` steps; a row for each of the work's."""
-        tables = np.stack([self._table(row.pages if row else (), work.bucket) for row in work.rows])
-        slots = np.array([row.slot if row else self.shape.limits.slots for row in work.rows], np.int32)
-        program = Program("decode", (len(work.rows), work.bucket))
+        limits = self.shape.limits
+        per_share = len(work.rows) // limits.shares
+        tables = np.stack(
+            [
+                self._table(row.pages if row else (), work.bucket, share=at // per_share)
+                for at, row in enumerate(work.rows)
+            ]
+        )
+        slots = np.array([row.slot if row else limits.slots for row in work.rows], np.int32)
+        program = Program("speculate" if work.speculate else "decode", (len(work.rows), work.bucket))
         return self._dispatch(program, slots, tables, np.int32(work.num_steps), np.bool_(work.until_free))
 
     def swap_out(self, work: SwapOut) -> None:
@@ -102,16 +122,17 @@ class Runner:
         """Let go of what is kept of a request that ended."""
         self._saved.pop(request_id, None)
 
-    def _table(self, pages: tuple[int, ...], bucket: int) -> np.ndarray:
-        """The pages of one row, [bucket / page]; those that it lacks are the garbage page."""
-        table = np.full(bucket // self.shape.limits.page, GARBAGE_PAGE, np.int32)
+    def _table(self, pages: tuple[int, ...], bucket: int, *, share: int = 0) -> np.ndarray:
+        """The pages of one row, [bucket / page]; those that it lacks are its share's garbage page."""
+        limits = self.shape.limits
+        table = np.full(bucket // limits.page, limits.garbage_pages[share], np.int32)
         held = pages[: len(table)]
         table[: len(held)] = held
         return table
 
     def _dispatch(self, program: Program, *arguments: Any) -> Choices:
         """Run one program on the state and wait for what it chose."""
-        state, choices = self.compiled[program](self._params, self.state, *arguments)
+        state, choices = self.compiled[program](self._weights, self.state, *arguments)
         jax.block_until_ready(choices)
         self.state = state
         self.num_dispatches += 1

@@ -32,9 +32,7 @@ class Scheduler:
     def __init__(self, limits: Limits):
         self.limits = limits
         per_share = limits.num_pages // limits.shares
-        # Each share begins with a page that padding is written to.
-        self._garbage = [share * (per_share + 1) for share in range(limits.shares)]
-        self.blocks = tuple(BlockManager(per_share, first=page + 1) for page in self._garbage)
+        self.blocks = tuple(BlockManager(per_share, first=page + 1) for page in limits.garbage_pages)
         slots_a_share = limits.slots // limits.shares
         self._free = [
             list(reversed(range(share * slots_a_share, (share + 1) * slots_a_share))) for share in range(limits.shares)
@@ -257,8 +255,8 @@ class Scheduler:
             rows = self._rows_of_one_turn(decoding) if self.limits.deterministic else decoding
             longest = max(seq.cached for seq in rows)
             bucket = bucket_of(longest + 1 + self.limits.drafts, self.limits.buckets)
-            # Steps stay within the bucket; with drafts a row that would leave it takes no more of them.
-            room = bucket if self.limits.drafts else bucket - longest
+            # Steps stay within the bucket; a row that speculates rests before it would leave it.
+            room = bucket - longest
             num_steps = 1 if few else min(self.limits.decode_steps, max(seq.remaining for seq in rows), room)
             if self._lacking(rows, num_steps) is not None:
                 num_steps = 1
@@ -274,7 +272,14 @@ class Scheduler:
                 seq.pages += self.blocks[seq.share].allocate(max(0, more))
             self._read = 0
             self._turn += 1
-            return Decode(rows=self._arrange(rows), bucket=bucket, num_steps=num_steps, until_free=bool(self._waiting))
+            arranged = self._arrange(rows)
+            return Decode(
+                rows=arranged,
+                bucket=bucket,
+                speculate=len(arranged) in self.limits.draft_batches,
+                num_steps=num_steps,
+                until_free=bool(self._waiting),
+            )
         return None
 
     def _rows_of_one_turn(self, decoding: list[Seq]) -> list[Seq]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from gcompute.config.model import ModelConfig
-from gcompute.model.transformer import Execution
+from gcompute.model.transformer import Execution, Params
 from gcompute.serve.adjustments import NO_TOKEN, AdjustmentRows
 from gcompute.serve.kv_pool import KVPool, empty_pool
 from gcompute.serve.limits import Limits
@@ -42,20 +42,35 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineState:
-    """The pool of pages, and a row for each slot."""
+    """The pool of pages, that of the draft model if there is one, and a row for each slot."""
 
     pool: KVPool
+    draft_pool: KVPool | None
     rows: Rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The parameters of the model and of its draft model, as programs take them."""
+
+    model: Params
+    draft: Params | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineShape:
-    """What fixes the shapes of every program. kv: dtype of the pool."""
+    """What fixes the shapes of every program.
+
+    draft: the model that proposes tokens, if one does. kv: dtype of the pool. int8: whether weights are.
+    """
 
     model: ModelConfig
+    draft: ModelConfig | None = None
     execution: Execution
     limits: Limits
     kv: Any
+    int8: bool = False
 
     @property
     def num_cells(self) -> int:
@@ -94,8 +109,10 @@ def empty_rows(num: int, num_cells: int) -> Rows:
 def empty_state(shape: EngineShape) -> EngineState:
     """All slots and pages free."""
     limits = shape.limits
+    pages = {"num_pages": limits.num_pages + limits.shares, "page": limits.page, "dtype": shape.kv}
     return EngineState(
-        pool=empty_pool(shape.model, num_pages=limits.num_pages + limits.shares, page=limits.page, dtype=shape.kv),
+        pool=empty_pool(shape.model, **pages),
+        draft_pool=empty_pool(shape.draft, **pages) if shape.draft else None,
         rows=empty_rows(limits.slots, shape.num_cells),
     )
 

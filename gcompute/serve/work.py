@@ -73,11 +73,12 @@ class Row:
 class Decode:
     """Take up to `num_steps` steps for all `rows`, None being padding, attending to `bucket` cells of each.
 
-    until_free: stop early when a request ends, because another waits for its slot.
+    until_free: stop early when a request ends, because another waits for its slot. speculate: with drafts.
     """
 
     rows: tuple[Row | None, ...]
     bucket: int
+    speculate: bool
     num_steps: int
     until_free: bool
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from gcompute.config.model import ModelConfig
-from gcompute.serve.kv_pool import KVPool, dequantize, empty_pool, gather, put_back, requantize, scales_of, store
+from gcompute.serve.int8 import dequantize, quantize, round_to
+from gcompute.serve.kv_pool import KVPool, empty_pool, gather, put_back, store
 
 CONFIG = ModelConfig(vocab=16, layers=2, dim=16, heads=4, kv_heads=2, head_dim=4, ffn=16, context=64)
 PAGE, TABLES = 4, [[3, 1, 5], [2, 6, 4], [0, 0, 0]]
@@ -95,11 +96,10 @@ def test_put_back_writes_the_counted_cells_and_nothing_else(dtype):
 
 def test_what_was_rounded_to_int8_is_rounded_no_further():
     x = jax.random.normal(jax.random.key(0), (4096, 16)) * jnp.exp(jax.random.normal(jax.random.key(1), (4096, 1)))
-    scale = scales_of(x)
-    once = requantize(x, scale)
+    once, scale = quantize(x)
     assert int(jnp.max(jnp.abs(once.astype(jnp.int32)))) == 127
     for compute in (jnp.bfloat16, jnp.float32):
-        np.testing.assert_array_equal(requantize(dequantize(once, scale, compute), scale), once)
+        np.testing.assert_array_equal(round_to(dequantize(once, scale, compute), scale), once)
     # Half a step, and what float32 division rounds.
     error = jnp.abs(dequantize(once, scale, jnp.float32) - x) / scale[:, None]
     assert float(jnp.max(error)) < 0.5 + 1e-4
@@ -107,8 +107,7 @@ def test_what_was_rounded_to_int8_is_rounded_no_further():
 
 def test_a_cell_of_zeros_stays_zeros():
     zeros = jnp.zeros((2, 4))
-    scale = scales_of(zeros)
-    np.testing.assert_array_equal(dequantize(requantize(zeros, scale), scale, jnp.float32), zeros)
+    np.testing.assert_array_equal(dequantize(*quantize(zeros), jnp.float32), zeros)
 
 
 def test_positions_past_the_cache_are_dropped():

@@ -1,0 +1,73 @@
+"""Products of few rows on CPU, where reading the weights is all the work: one fused loop over 32-bit words of them.
+
+XLA's products repack their weights on every call, which for one row takes longer than the product. Here a word holds
+two bfloat16 (or four int8) numbers of one output channel, from as many equal parts of its row; shifts take them out in
+registers, and sums run over lanes of neighbouring words, so that the compiler makes vectors of them.
+The words must be stored: XLA would carry a conversion of the whole matrix out of the loop.
+"""
+
+import operator
+from collections.abc import Callable
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int8, UInt32
+
+# Words of a row are added up in this many lanes.
+LANES = 32
+# Bytes of a number -> what the length of a row must be a multiple of.
+PACKABLE = {2: 2 * LANES, 1: 4 * LANES}
+# More rows than this are faster in XLA's own products.
+MOST_ROWS = 4
+
+# Leave sums over lanes to the compiler: the library that XLA would give them to takes the fused loop apart.
+COMPILER_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
+    "xla_cpu_prefer_vector_width": "512",
+}
+
+
+def pack(w_OI: Array) -> UInt32[Array, "o w"]:
+    """Words of 2 bfloat16 or 4 int8: word i holds numbers i, i + I/n, ... of its row, the first in its lowest bits."""
+    bits = 8 * w_OI.dtype.itemsize
+    whole = jax.lax.bitcast_convert_type(w_OI, jnp.uint16 if bits == 16 else jnp.uint8).astype(jnp.uint32)
+    parts = jnp.split(whole, 32 // bits, axis=1)
+    words = parts[0]
+    for n, part in enumerate(parts[1:], start=1):
+        words = words | (part << (bits * n))
+    return words
+
+
+def pair_product(x_MI: Float[Array, "m i"], words_OW: UInt32[Array, "o w"]) -> Float[Array, "m o"]:
+    """x @ w^T, x rounded to bfloat16, summed in float32."""
+    x_MI = x_MI.astype(jnp.bfloat16).astype(jnp.float32)
+    first_MW, second_MW = jnp.split(x_MI, 2, axis=1)
+
+    def part(words: Array, lanes: slice) -> Array:
+        low = jax.lax.bitcast_convert_type(words << 16, jnp.float32)
+        high = jax.lax.bitcast_convert_type(words & jnp.uint32(0xFFFF0000), jnp.float32)
+        return low * first_MW[None, :, lanes] + high * second_MW[None, :, lanes]
+
+    return _sum_of_lanes(part, words_OW)
+
+
+def quad_product(x_MI: Int8[Array, "m i"], words_OW: UInt32[Array, "o w"]) -> Int[Array, "m o"]:
+    """x @ w^T of int8 numbers, as int32."""
+    parts = jnp.split(x_MI.astype(jnp.int32), 4, axis=1)
+
+    def part(words: Array, lanes: slice) -> Array:
+        signed = jax.lax.bitcast_convert_type(words, jnp.int32)
+        return _total([((signed << (24 - 8 * n)) >> 24) * x_MW[None, :, lanes] for n, x_MW in enumerate(parts)])
+
+    return _sum_of_lanes(part, words_OW)
+
+
+def _sum_of_lanes(part: Callable[[Array, slice], Array], words_OW: Array) -> Array:
+    pieces = [slice(start, start + LANES) for start in range(0, words_OW.shape[1], LANES)]
+    total_OML = _total([part(words_OW[:, None, lanes], lanes) for lanes in pieces])
+    return jnp.sum(total_OML, axis=-1).T
+
+
+def _total(terms: list[Array]) -> Array:
+    return reduce(operator.add, terms)
