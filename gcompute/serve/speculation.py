@@ -14,7 +14,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from gcompute.serve.adjustments import NO_TOKEN, adjust, is_end
 from gcompute.serve.choices import Choices

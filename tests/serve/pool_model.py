@@ -35,12 +35,16 @@ class PoolModel:
         self._cells: dict[tuple[int, int], Cell] = {}
         self._saved: dict[int, list[Cell | None]] = {}
         self._admitted: set[int] = set()
+        self._came_in: set[int] = set()
+        self._reading: int | None = None
         self._delay = 0
         self._programs = {(program.kind, program.sizes) for program in list_programs(limits)}
 
     # From outside ----------------------------------------------------------------------------------------------------
 
-    def arrive(self, prompt: Sequence[int], max_tokens: int, *, ends_after: int | None = None, reuse: bool = True) -> int:
+    def arrive(
+        self, prompt: Sequence[int], max_tokens: int, *, ends_after: int | None = None, reuse: bool = True
+    ) -> int:
         """A request; it ends by itself after `ends_after` tokens, which the scheduler does not know."""
         request_id = next(self._ids)
         self.scheduler.add(request_id, prompt=prompt, max_tokens=max_tokens, reuse=reuse)
@@ -63,16 +67,20 @@ class PoolModel:
 
     def work(self, *, fails: bool = False) -> Work | None:
         """Do what comes next; None when nobody is alive."""
-        waiting = self.alive - set(self.scheduler.running)
-        decoding = [seq for seq in self.scheduler.running.values() if seq.decodes]
+        running = set(self.scheduler.running)
+        waiting = self.alive - running
+        num_decoding = len(self.decoding)
         work = self.scheduler.next_work()
         self.check()
         if work is None:
             assert not self.alive, "somebody is alive and nothing is done"
             return None
         self.seen[type(work).__name__] += 1
+        if self._reading not in self.scheduler.running:
+            self._reading = None
         self._check_order(work, waiting)
-        self._check_delay(work, len(decoding))
+        self._check_delay(work, num_decoding)
+        self._check_worth(work, running - set(self.scheduler.running))
         if fails:
             self._fail(work)
         else:
@@ -104,10 +112,15 @@ class PoolModel:
         assert self.scheduler.num_free_slots == self.limits.slots
         for blocks in self.scheduler.blocks:
             assert (blocks.num_used, blocks.num_free + blocks.num_cached) == (0, blocks.num_pages)
-        self.seen["preempted"] += self.scheduler.num_preemptions
+        self.seen["recomputed"] += self.scheduler.num_preemptions - self.seen["SwapOut"]
         self.seen["hits"] += self.scheduler.num_hit_tokens
 
-    # What the scheduler promises of an order ---------------------------------------------------------------------------
+    @property
+    def decoding(self) -> set[int]:
+        """Those that run and whose text is read."""
+        return self.scheduler.running.keys() - {self._reading}
+
+    # What the scheduler promises of an order -------------------------------------------------------------------------
 
     def _check_order(self, work: Work, waiting: set[int]) -> None:
         """Who comes first is served first, and who gave way comes back before anyone who came later."""
@@ -127,6 +140,14 @@ class PoolModel:
         elif isinstance(work, Prefill) and num_decoding:
             self._delay += work.num_tokens
             assert self._delay <= max(self.limits.chunk, self.limits.token_budget - num_decoding)
+
+    def _check_worth(self, work: Work, turned_out: set[int]) -> None:
+        """Nobody gives way between coming in, at one go, and the next step."""
+        assert not turned_out & self._came_in
+        if isinstance(work, Decode):
+            self._came_in.clear()
+        elif isinstance(work, SwapIn) or (isinstance(work, Prefill) and work.first and work.last):
+            self._came_in.add(work.request_id)
 
     # Programs --------------------------------------------------------------------------------------------------------
 
@@ -155,7 +176,7 @@ class PoolModel:
     def _prefill(self, work: Prefill) -> None:
         limits, text = self.limits, self.texts[work.request_id]
         program = ("prefill", (work.chunk, work.bucket))
-        assert program in self._programs, (program, self._programs)
+        assert program in self._programs
         assert 0 < work.num_tokens <= work.chunk
         assert work.last == (work.start + work.num_tokens == len(text))
         self._check_place(work.request_id, work.slot, work.pages)
@@ -167,6 +188,7 @@ class PoolModel:
         for index in range(work.start, work.start + work.num_tokens):
             assert index < work.bucket
             self._write(work.request_id, work.pages, index, program)
+        self._reading = None if work.last else work.request_id
         if work.last:
             text.append(self._next_token(text))
         self.scheduler.record_prefill(work, text[-1] if work.last else None)
@@ -175,8 +197,8 @@ class PoolModel:
 
     def _decode(self, work: Decode) -> None:
         limits = self.limits
-        program = ("decode", (len(work.rows), work.bucket))
-        assert program in self._programs, (program, self._programs)
+        program = ("speculate" if work.speculate else "decode", (len(work.rows), work.bucket))
+        assert program in self._programs
         assert 1 <= work.num_steps <= limits.decode_steps
         assert work.until_free == (self.scheduler.num_waiting > 0)
         rows = [row for row in work.rows if row is not None]
@@ -192,11 +214,11 @@ class PoolModel:
             buckets = {bucket_of(len(self.texts[row.request_id]), limits.buckets) for row in rows}
             assert buckets == {work.bucket}
         else:
-            assert {row.request_id for row in rows} == {i for i, seq in self.scheduler.running.items() if seq.decodes}
+            assert {row.request_id for row in rows} == self.decoding
         chosen: dict[int, list[int]] = {row.request_id: [] for row in rows}
         going = list(rows)
         for _ in range(work.num_steps):
-            going = [row for row in going if self._step(row, work.bucket, program, chosen[row.request_id])]
+            going = [row for row in going if self._step(row, program, chosen[row.request_id])]
             if not going or (work.until_free and len(going) < len(rows)):
                 break
         for request_id, tokens in chosen.items():
@@ -205,9 +227,10 @@ class PoolModel:
             if len(self.texts[request_id]) >= self.ends_at[request_id]:
                 self.end(request_id)
 
-    def _step(self, row: Row, bucket: int, program: tuple[str, tuple[int, ...]], chosen: list[int]) -> bool:
-        """One step of a row, and whether it goes on; with drafts it may stand still at the bucket's end."""
-        text, drafts = self.texts[row.request_id], self.limits.drafts
+    def _step(self, row: Row, program: tuple[str, tuple[int, ...]], chosen: list[int]) -> bool:
+        """One step of a row, and whether it goes on; one that speculates rests where drafts would leave the bucket."""
+        text, (kind, (_, bucket)) = self.texts[row.request_id], program
+        drafts = self.limits.drafts if kind == "speculate" else 0
         cached = len(text) - 1
         if cached + 1 + drafts > bucket:
             assert drafts
@@ -216,8 +239,7 @@ class PoolModel:
         pages = row.pages[: bucket // self.limits.page]
         self._check_text(row.request_id, pages, cached)
         for index in range(cached, cached + 1 + drafts):
-            if index // self.limits.page < len(pages):
-                self._write(row.request_id, pages, index, ("rejected", ()))
+            self._write(row.request_id, pages, index, ("rejected", ()))
         for _ in range(min(1 + next(self._accepted) % (1 + drafts), self.ends_at[row.request_id] - len(text))):
             self._write(row.request_id, pages, len(text) - 1, program)
             text.append(self._next_token(text))

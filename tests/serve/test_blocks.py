@@ -148,7 +148,7 @@ class Pages(RuleBasedStateMachine):
 
 
 TestPages = Pages.TestCase
-TestPages.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+TestPages.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, derandomize=True)
 
 
 @pytest.mark.slow
