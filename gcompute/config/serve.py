@@ -56,7 +56,9 @@ class ServeConfig:
     timeout_s: float | None = option(None, "longest that a call may take, in seconds (default: no limit)")
     max_body_bytes: int = option(4 << 20, "largest request body; larger ones are answered 413")
     precision: str = option("bfloat16", "dtype of matmul operands", choices=PRECISIONS)
-    weights: str | None = option(None, "dtype that matmul weights are kept in (default: the precision)", choices=QUANTIZED)
+    weights: str | None = option(
+        None, "dtype that matmul weights are kept in (default: the precision)", choices=QUANTIZED
+    )
     kv: str | None = option(None, "dtype that keys and values are kept in (default: the precision)", choices=QUANTIZED)
     mesh: MeshShape | None = option(None, "mesh axes, such as tensor=2 or data=2,expert=4 (default: one device)")
 

@@ -1,4 +1,4 @@
-"""From a configuration to an engine's shape: its mesh, its limits, and as many pages as all slots need or memory leaves."""
+"""From a configuration to an engine's shape: mesh, limits, and as many pages as all slots need or memory leaves."""
 
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from gcompute.serve.buckets import make_buckets
 from gcompute.serve.limits import Limits
 from gcompute.serve.placement import check_mesh, place
 from gcompute.serve.state import EngineShape
+from gcompute.serve.weights import choose_layout
 
 COMPUTE = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Of the memory that is there: fragments, the host's buffers and other users have the rest.
@@ -85,6 +86,7 @@ def engine_shape(config: ModelConfig, serve: ServeConfig, draft: ModelConfig | N
         execution=Execution(compute=compute, unroll=config.layers, placement=placement),
         limits=limits,
         kv=serve.kv or compute,
+        layout=choose_layout(placement, jax.default_backend(), compute),
         int8=serve.weights == "int8",
     )
 

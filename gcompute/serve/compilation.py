@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gcompute.parallel.mesh import use_mesh
-from gcompute.serve import programs, speculation
+from gcompute.serve import few_rows, programs, speculation
 from gcompute.serve.adjustments import NO_TOKEN
-from gcompute.serve.few_rows import COMPILER_OPTIONS
 from gcompute.serve.limits import Limits
 from gcompute.serve.placement import abstract_state
 from gcompute.serve.request import Sampling
 from gcompute.serve.state import EngineShape, Rows, Weights, empty_state, new_row
+from gcompute.serve.weights import Layout
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -53,8 +54,8 @@ def list_programs(limits: Limits) -> tuple[Program, ...]:
 
 def compile_program(program: Program, weights: Weights, shape: EngineShape) -> Callable[..., Any]:
     """Compile one program for concrete or abstract `weights`; the state that it changes is donated."""
-    options = COMPILER_OPTIONS if _device_kind(shape) == "cpu" else None
-    return lower_program(program, weights, shape).compile(options)
+    few = shape.layout is Layout.PAIRED and _num_rows(program, shape) <= few_rows.MOST_ROWS
+    return lower_program(program, weights, shape).compile(few_rows.COMPILER_OPTIONS if few else None)
 
 
 def lower_program(program: Program, weights: Weights, shape: EngineShape) -> jax.stages.Lowered:
@@ -103,7 +104,13 @@ def _row(shape: EngineShape) -> Rows:
     return jax.eval_shape(partial(row, num_cells=shape.num_cells))
 
 
-def _device_kind(shape: EngineShape) -> str:
-    placement = shape.execution.placement
-    device = jax.local_devices()[0] if placement is None else placement.mesh.devices.flat[0]
-    return device.platform
+def _num_rows(program: Program, shape: EngineShape) -> int:
+    """Rows of a program's products."""
+    match program.kind, program.sizes:
+        case "prefill", (chunk, _):
+            return chunk
+        case "decode", (batch, _):
+            return batch
+        case "speculate", (batch, _):
+            return batch * (1 + shape.limits.drafts)
+    return few_rows.MOST_ROWS + 1

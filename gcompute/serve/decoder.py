@@ -4,17 +4,20 @@ The function is the model's: norms, rotary positions, nonlinearities and experts
 hold the whole to the model's forward pass. What is other is how products and attention are carried out.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache as remember
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gcompute.config.model import ModelConfig
 from gcompute.model.attention import MASKED
+from gcompute.model.attention import attend as model_attend
 from gcompute.model.layers import RMSNorm, activation, make_norm, rotary_table, rotate
 from gcompute.model.matmul import linear, linear_transposed, scores, weighted_sum
 from gcompute.model.moe import MoE
@@ -24,8 +27,10 @@ from gcompute.parallel.einsum import accumulator, einsum
 from gcompute.parallel.placement import constrain
 from gcompute.serve import few_rows
 from gcompute.serve.int8 import int8_product, quantize
-from gcompute.serve.kv_pool import RowCache, store
+from gcompute.serve.kv_pool import RowCache, in_order, started, store
 from gcompute.serve.weights import Matrix
+
+Product = Callable[[Matrix, Array], Array]
 
 
 def forward(
@@ -37,79 +42,119 @@ def forward(
     positions_BT: Int[Array, "b t"],
     cache: RowCache,
     logits_at_B: Int[Array, "b"] | None = None,
+    ordered: bool = False,
 ) -> tuple[Float[Array, "b t v"] | Float[Array, "b v"], RowCache]:
     """Logits of the next token at every position, and the cache with this input's keys and values in it.
 
     `params` are of `serving_weights`; with a placement, in the plain layout. The T new keys and values of each row are
-    stored at `positions_BT`, and each query sees the cache's cells up to its own position. `logits_at_B` picks one
-    index of T a row before the output layer.
+    stored at `positions_BT`, which follow each other, and each query sees the cells up to its own position.
+    `logits_at_B` picks one index of T a row before the output layer. `ordered`: sums over cells run in their order,
+    whichever of them are new, so that no bit depends on where a dispatch began; it costs a copy of all cells.
     """
-    placement = execution.placement
-    x_BTD = look_up(params["embedding_VD"], tokens_BT, placement)
+    placement, zero = execution.placement, few_rows.unknown_zero(positions_BT)
+    if "embedding_VW" in params:
+        x_BTD = few_rows.unpack_pairs(params["embedding_VW"][tokens_BT])
+    else:
+        x_BTD = look_up(params["embedding_VD"], tokens_BT, placement)
     if config.positions == "learned":
         x_BTD = x_BTD + params["positions_TD"][positions_BT]
     x_BTD = constrain(placement, x_BTD.astype(execution.residual), "BRD")
     rotary = None
     if config.positions == "rope":
         rotary = rotary_table(positions_BT, config.head_size, config.rope_theta, accumulator(execution.compute))
-    visible_BTS = jnp.arange(cache.length) <= positions_BT[..., None]
+    product = partial(apply, compute=execution.compute, zero=zero)
+    cache = started(cache, positions_BT)
+    visible = _visible(cache, positions_BT)
     for layer in range(config.layers):
         weights = params["blocks"][layer]
         normed_BTD = constrain(placement, _norm(config, weights["attention_norm"], x_BTD), "BTD")
-        q_BTNH, k_BTKH, v_BTKH = _queries_keys_values(weights, normed_BTD, rotary, config, execution)
-        cache = _with_new_cells(cache, layer, k_BTKH, v_BTKH, positions_BT, execution)
-        o_BTNH = attend(q_BTNH, cache.k[layer], cache.v[layer], visible_BTS, execution.compute)
-        mixed_BTD = _attention_output(weights, o_BTNH, config, execution)
+        q_BTNH, k_BTKH, v_BTKH = _queries_keys_values(weights, normed_BTD, rotary, product, config, execution)
+        cache = store(cache, layer, k_BTKH, v_BTKH, positions_BT)
+        # Left free, XLA may split whole heads for the product after it, and gather the cells to give it back.
+        attend_as = attend_ordered if ordered else attend
+        o_BTNH = constrain(placement, attend_as(q_BTNH, cache, layer, visible, execution.compute), "BTNH")
+        mixed_BTD = _attention_output(weights, o_BTNH, product, config, execution)
         x_BTD = constrain(placement, x_BTD + constrain(placement, mixed_BTD.astype(x_BTD.dtype), "BRD"), "BRD")
         normed_BTD = constrain(placement, _norm(config, weights["mlp_norm"], x_BTD), "BTD")
-        fed_BTD = _feed_forward(weights, normed_BTD, config, execution)
+        fed_BTD = _feed_forward(weights, normed_BTD, product, config, execution)
         x_BTD = constrain(placement, x_BTD + constrain(placement, fed_BTD.astype(x_BTD.dtype), "BRD"), "BRD")
     if logits_at_B is not None:
         x_BTD = jnp.take_along_axis(x_BTD, logits_at_B[:, None, None], axis=1)
     x_BTD = constrain(placement, _norm(config, params["norm"], x_BTD), "BTD")
-    logits_BTV = constrain(placement, _logits(params, x_BTD, execution.compute), "BTV")
+    logits_BTV = constrain(placement, _logits(params, x_BTD, product, execution.compute), "BTV")
+    if placement is None:
+        # Or it fuses the output layer with what is chosen from the logits, into one loop on one core.
+        logits_BTV = few_rows.settled(logits_BTV, zero)
     return logits_BTV if logits_at_B is None else logits_BTV[:, 0], cache
 
 
 def attend(
     q_BTNH: Float[Array, "b t n h"],
-    k_BKSH: Float[Array, "b k s h"],
-    v_BKSH: Float[Array, "b k s h"],
-    visible_BTS: Bool[Array, "b t s"],
+    cache: RowCache,
+    layer: int,
+    visible: tuple[Bool[Array, "b t s"], Bool[Array, "b t c"]],
     compute: jnp.dtype,
 ) -> Float[Array, "b t n h"]:
-    """softmax(q k^T / sqrt(H)) v over the cells that each query may see, as `model.attention.attend` computes it.
+    """softmax(q k^T / sqrt(H)) v over the old and the new cells that each query may see.
 
-    Cells come with their heads first, so nothing of the cache is moved.
+    As `model.attention.attend`, but cells come with their heads first, so nothing of the cache is moved.
     """
     b, t, n, h = q_BTNH.shape
-    k = k_BKSH.shape[1]
+    old_k, old_v, new_k, new_v = (part[layer] for part in (cache.k, cache.v, cache.new_k, cache.new_v))
+    k = old_k.shape[1]
     groups = n // k
     scaled_BTKGH = (q_BTNH * h**-0.5).reshape(b, t, k, groups, h)
     q_BKQH = scaled_BTKGH.transpose(0, 2, 3, 1, 4).reshape(b, k, groups * t, h)
-    s_BKQS = scores(q_BKQH, k_BKSH, compute)
-    visible_BKQS = jnp.tile(visible_BTS, (1, groups, 1))[:, None]
-    p_BKQS = jax.nn.softmax(jnp.where(visible_BKQS, s_BKQS, MASKED), axis=-1)
-    o_BKQH = weighted_sum(p_BKQS, v_BKSH, compute)
+
+    def masked(k_BKSH: Array, visible_BTS: Array) -> Array:
+        visible_BKQS = jnp.tile(visible_BTS, (1, groups, 1))[:, None]
+        return jnp.where(visible_BKQS, scores(q_BKQH, k_BKSH, compute), MASKED)
+
+    s_BKQS = jnp.concatenate([masked(old_k, visible[0]), masked(new_k, visible[1])], axis=-1)
+    old_p, new_p = jnp.split(jax.nn.softmax(s_BKQS, axis=-1), (cache.length,), axis=-1)
+    o_BKQH = weighted_sum(old_p, old_v, compute) + weighted_sum(new_p, new_v, compute)
     return o_BKQH.reshape(b, k, groups, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
-def apply(matrix: Matrix, x_BTI: Float[Array, "b t i"], compute: jnp.dtype, w_OI: Array | None = None) -> Array:
-    """y = x @ w^T + bias with a wide result; `w_OI` is that of a matrix which holds none."""
+def attend_ordered(
+    q_BTNH: Float[Array, "b t n h"],
+    cache: RowCache,
+    layer: int,
+    visible: tuple[Bool[Array, "b t s"], Bool[Array, "b t c"]],
+    compute: jnp.dtype,
+) -> Float[Array, "b t n h"]:
+    """As `attend`, over the cells in their order."""
+    k_BKSH, v_BKSH = in_order(cache, layer)
+    # What an old cell shows, one that stands in a new cell's place does not: see where each new cell lies.
+    old_BTS, new_BTC = visible
+    at_BS = jnp.clip(jnp.arange(cache.length) - cache.start_B[:, None], 0, cache.num_new - 1)
+    from_BS = jnp.arange(cache.length) - cache.start_B[:, None]
+    moved_BTS = jnp.take_along_axis(new_BTC, at_BS[:, None], axis=2)
+    visible_BTS = jnp.where(((from_BS >= 0) & (from_BS < cache.num_new))[:, None], moved_BTS, old_BTS)
+    return model_attend(q_BTNH, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), visible_BTS, compute)
+
+
+def apply(
+    matrix: Matrix,
+    x_BTI: Float[Array, "b t i"],
+    *,
+    compute: jnp.dtype,
+    zero: UInt32[Array, ""],
+) -> Float[Array, "b t o"]:
+    """y = x @ w^T + bias with a wide result."""
     b, t, i = x_BTI.shape
-    w_OI = matrix.w_OI if matrix.w_OI is not None else w_OI
+    w_OI = matrix.w_OI
     assert w_OI is not None
     x_MI = x_BTI.reshape(b * t, i)
     words_OW = matrix.words_OW if b * t <= few_rows.MOST_ROWS else None
     if matrix.scale_O is not None:
         rounded_MI, scale_M = quantize(x_MI)
-        if words_OW is None:
-            whole_MO = int8_product(rounded_MI, w_OI)
-        else:
-            whole_MO = few_rows.quad_product(rounded_MI, words_OW)
+        whole_MO = (
+            int8_product(rounded_MI, w_OI) if words_OW is None else few_rows.quad_product(rounded_MI, words_OW, zero)
+        )
         y_MO = whole_MO.astype(jnp.float32) * scale_M[:, None] * matrix.scale_O
     elif words_OW is not None:
-        y_MO = few_rows.pair_product(x_MI, words_OW)
+        y_MO = few_rows.pair_product(x_MI, words_OW, zero)
     else:
         # XLA on CPU converts the weights of a single row to float32; two rows it multiplies as they are.
         padded_MI = jnp.pad(x_MI, ((0, 1), (0, 0))) if b * t == 1 and compute == jnp.bfloat16 else x_MI
@@ -117,6 +162,14 @@ def apply(matrix: Matrix, x_BTI: Float[Array, "b t i"], compute: jnp.dtype, w_OI
     if matrix.bias_O is not None:
         y_MO = y_MO + matrix.bias_O
     return y_MO.reshape(b, t, -1)
+
+
+def _visible(cache: RowCache, positions_BT: Array) -> tuple[Array, Array]:
+    """Which old and which new cells each query sees: old ones end where new ones begin, and both at its position."""
+    start_B11 = cache.start_B[:, None, None]
+    old_S, new_C = jnp.arange(cache.length), jnp.arange(cache.num_new)
+    at_BT1 = positions_BT[..., None]
+    return (old_S < start_B11) & (old_S <= at_BT1), start_B11 + new_C <= at_BT1
 
 
 def _norm(config: ModelConfig, weights: Params, x_BTD: Array) -> Array:
@@ -139,13 +192,13 @@ def _experts_graphdef(config: ModelConfig) -> nnx.GraphDef:
 
 
 def _queries_keys_values(
-    weights: Params, x_BTD: Array, rotary: Array | None, config: ModelConfig, execution: Execution
+    weights: Params, x_BTD: Array, rotary: Array | None, product: Product, config: ModelConfig, execution: Execution
 ) -> tuple[Array, Array, Array]:
     b, t, d = x_BTD.shape
     n, k, h = config.heads, config.num_kv_heads, config.head_size
     placement, own = execution.placement, weights
     if "qkv" in weights:
-        joined_BTO = apply(weights["qkv"], x_BTD, execution.compute)
+        joined_BTO = product(weights["qkv"], x_BTD)
         parts = jnp.split(joined_BTO, (n * h, (n + k) * h), axis=-1)
         q_BTNH, k_BTKH, v_BTKH = (part.reshape(b, t, -1, h) for part in parts)
     else:
@@ -165,43 +218,29 @@ def _queries_keys_values(
     return q_BTNH, k_BTKH, v_BTKH
 
 
-def _with_new_cells(
-    cache: RowCache, layer: int, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, execution: Execution
-) -> RowCache:
-    (k_BKSH, v_BKSH), both_scales = store(cache, layer, k_BTKH, v_BTKH, positions_BT)
-    # Left free, XLA may split whole heads for the product after them, and gather the cache to give it back.
-    k_BKSH, v_BKSH = (constrain(execution.placement, cells, "BKSH") for cells in (k_BKSH, v_BKSH))
-
-    def put(leaves: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-        return (*leaves[:layer], new, *leaves[layer + 1 :])
-
-    cache = replace(cache, k=put(cache.k, k_BKSH), v=put(cache.v, v_BKSH))
-    if both_scales is None:
-        return cache
-    return replace(cache, k_scale=put(cache.k_scale, both_scales[0]), v_scale=put(cache.v_scale, both_scales[1]))
-
-
-def _attention_output(weights: Params, o_BTNH: Array, config: ModelConfig, execution: Execution) -> Array:
+def _attention_output(
+    weights: Params, o_BTNH: Array, product: Product, config: ModelConfig, execution: Execution
+) -> Array:
     flat_BTI = o_BTNH.reshape(*o_BTNH.shape[:2], -1)
     if "o" in weights:
-        return apply(weights["o"], flat_BTI, execution.compute)
+        return product(weights["o"], flat_BTI)
     own = weights["attention"]
     out_BTD = linear(flat_BTI, own["o_NHD"].reshape(-1, config.dim), execution.compute)
     return out_BTD + own["o_bias_D"] if config.bias else out_BTD
 
 
-def _feed_forward(weights: Params, x_BTD: Array, config: ModelConfig, execution: Execution) -> Array:
+def _feed_forward(weights: Params, x_BTD: Array, product: Product, config: ModelConfig, execution: Execution) -> Array:
     compute, placement = execution.compute, execution.placement
     if config.experts:
         experts = weights["experts"] if "experts" in weights else weights["mlp"]
         return nnx.merge(_experts_graphdef(config), experts)(x_BTD, compute, placement)[0]
     act = activation(config.activation)
     if "into" in weights:
-        into_BTO = apply(weights["into"], x_BTD, compute)
+        into_BTO = product(weights["into"], x_BTD)
         if config.gated:
             gate_BTF, up_BTF = jnp.split(into_BTO, 2, axis=-1)
-            return apply(weights["down"], act(gate_BTF) * up_BTF, compute)
-        return apply(weights["down"], act(into_BTO), compute)
+            return product(weights["down"], act(gate_BTF) * up_BTF)
+        return product(weights["down"], act(into_BTO))
     own: dict[str, Any] = weights["mlp"]
 
     def with_bias(y: Array, name: str) -> Array:
@@ -216,9 +255,12 @@ def _feed_forward(weights: Params, x_BTD: Array, config: ModelConfig, execution:
     return with_bias(linear(constrain(placement, hidden_BTF, "BTF"), own["down_FD"], compute), "down_bias_D")
 
 
-def _logits(params: Params, x_BTD: Array, compute: jnp.dtype) -> Array:
+def _logits(params: Params, x_BTD: Array, product: Product, compute: jnp.dtype) -> Array:
     if "head" in params:
-        return apply(params["head"], x_BTD, compute, params["embedding_VD"])
+        head: Matrix = params["head"]
+        if head.w_OI is None:
+            head = replace(head, w_OI=params["embedding_VD"], words_OW=params.get("embedding_VW"))
+        return product(head, x_BTD)
     if "head_DV" in params:
         return linear(x_BTD, params["head_DV"], compute)
     return linear_transposed(x_BTD, params["embedding_VD"], compute)

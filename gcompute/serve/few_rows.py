@@ -3,7 +3,8 @@
 XLA's products repack their weights on every call, which for one row takes longer than the product. Here a word holds
 two bfloat16 (or four int8) numbers of one output channel, from as many equal parts of its row; shifts take them out in
 registers, and sums run over lanes of neighbouring words, so that the compiler makes vectors of them.
-The words must be stored: XLA would carry a conversion of the whole matrix out of the loop.
+The words must be stored, for XLA would make them of the whole matrix first. And taking the numbers out must look as if
+it could change from step to step (`zero`), or XLA does it once for all steps of a loop, and reads twice the bytes.
 """
 
 import operator
@@ -12,12 +13,14 @@ from functools import reduce
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Int8, UInt32
 
 # Words of a row are added up in this many lanes.
 LANES = 32
 # Bytes of a number -> what the length of a row must be a multiple of.
 PACKABLE = {2: 2 * LANES, 1: 4 * LANES}
+HIGH_HALF = np.uint32(0xFFFF0000)
 # More rows than this are faster in XLA's own products.
 MOST_ROWS = 4
 
@@ -39,20 +42,40 @@ def pack(w_OI: Array) -> UInt32[Array, "o w"]:
     return words
 
 
-def pair_product(x_MI: Float[Array, "m i"], words_OW: UInt32[Array, "o w"]) -> Float[Array, "m o"]:
+def unpack_pairs(words: UInt32[Array, "... w"]) -> Float[Array, "... d"]:
+    """The bfloat16 numbers of `pack`, as float32."""
+    low, high = words << 16, words & HIGH_HALF
+    return jax.lax.bitcast_convert_type(jnp.concatenate([low, high], axis=-1), jnp.float32)
+
+
+def unknown_zero(positions_BT: Int[Array, "b t"]) -> UInt32[Array, ""]:
+    """0, which no compiler can know: positions are not negative."""
+    return jnp.where(positions_BT[0, 0] < 0, jnp.uint32(1), jnp.uint32(0))
+
+
+def settled(x: Array, zero: UInt32[Array, ""]) -> Array:
+    """The same array, across which XLA moves and fuses nothing: it went through a branch."""
+    return jax.lax.cond(zero == 0, lambda x: x, lambda x: -x, x)
+
+
+def pair_product(
+    x_MI: Float[Array, "m i"], words_OW: UInt32[Array, "o w"], zero: UInt32[Array, ""]
+) -> Float[Array, "m o"]:
     """x @ w^T, x rounded to bfloat16, summed in float32."""
     x_MI = x_MI.astype(jnp.bfloat16).astype(jnp.float32)
     first_MW, second_MW = jnp.split(x_MI, 2, axis=1)
 
     def part(words: Array, lanes: slice) -> Array:
         low = jax.lax.bitcast_convert_type(words << 16, jnp.float32)
-        high = jax.lax.bitcast_convert_type(words & jnp.uint32(0xFFFF0000), jnp.float32)
+        high = jax.lax.bitcast_convert_type(words & HIGH_HALF, jnp.float32)
         return low * first_MW[None, :, lanes] + high * second_MW[None, :, lanes]
 
-    return _sum_of_lanes(part, words_OW)
+    return _sum_of_lanes(part, words_OW, zero)
 
 
-def quad_product(x_MI: Int8[Array, "m i"], words_OW: UInt32[Array, "o w"]) -> Int[Array, "m o"]:
+def quad_product(
+    x_MI: Int8[Array, "m i"], words_OW: UInt32[Array, "o w"], zero: UInt32[Array, ""]
+) -> Int[Array, "m o"]:
     """x @ w^T of int8 numbers, as int32."""
     parts = jnp.split(x_MI.astype(jnp.int32), 4, axis=1)
 
@@ -60,12 +83,12 @@ def quad_product(x_MI: Int8[Array, "m i"], words_OW: UInt32[Array, "o w"]) -> In
         signed = jax.lax.bitcast_convert_type(words, jnp.int32)
         return _total([((signed << (24 - 8 * n)) >> 24) * x_MW[None, :, lanes] for n, x_MW in enumerate(parts)])
 
-    return _sum_of_lanes(part, words_OW)
+    return _sum_of_lanes(part, words_OW, zero)
 
 
-def _sum_of_lanes(part: Callable[[Array, slice], Array], words_OW: Array) -> Array:
+def _sum_of_lanes(part: Callable[[Array, slice], Array], words_OW: Array, zero: Array) -> Array:
     pieces = [slice(start, start + LANES) for start in range(0, words_OW.shape[1], LANES)]
-    total_OML = _total([part(words_OW[:, None, lanes], lanes) for lanes in pieces])
+    total_OML = _total([part(words_OW[:, None, lanes] | zero, lanes) for lanes in pieces])
     return jnp.sum(total_OML, axis=-1).T
 
 

@@ -1,23 +1,28 @@
-"""Keys and values in pages: a pool that every request shares, and the contiguous cache that a dispatch works on.
+"""Keys and values in pages: a pool that every request shares, and the cache that one dispatch works on.
 
-A dispatch gathers the pages of its rows into a `RowCache` once, runs all its steps on that, and puts the cells that it
-wrote back. Layouts are this module's own business: others see pages as a count and cells as positions. Page 0 belongs
-to nobody: the tables of rows that stand for no request point to it.
+A dispatch gathers the pages of its rows into a `RowCache` once, runs all its steps on that, and puts the new cells
+back. The cells that were there before are only read; new ones go to a small part of their own, because XLA on CPU
+rewrites a whole array to change one cell of it. Layouts are this module's own business: others see pages as a count
+and cells as positions. Page 0 belongs to nobody: the tables of rows that stand for no request point to it.
 
 int8: each cell and head has its own scale, the largest of its H numbers / 127. A cell is rounded when it is made
 (`store`), so attention sees at once what any later dispatch will see, and where a dispatch ends changes no result.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gcompute.config.model import ModelConfig
-from gcompute.serve.int8 import dequantize, round_to, scales
+from gcompute.serve.int8 import dequantize, quantize, round_to
 
 GARBAGE_PAGE = 0
+# A dispatch does not know where its rows start until its first step says so.
+NOT_STARTED = -1
+# The dims of pages, of their scales and of a cache's cells as letters, for rules that lay arrays out on a mesh.
+PAGE_DIMS, PAGE_SCALE_DIMS, CELL_DIMS = "PKSH", "PKS", "BKSH"
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +30,8 @@ GARBAGE_PAGE = 0
 class KVPool:
     """Keys and values of every layer in P pages of S cells, a leaf a layer: a stacked pool would be copied whole.
 
-    scales are empty unless pages are int8.
+    bfloat16 is kept as its bits: to write a cell, XLA on CPU would convert the whole pool to float32 and back.
+    Scales are empty unless pages are int8.
     """
 
     k: tuple[Array, ...]
@@ -50,25 +56,29 @@ class KVPool:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCache:
-    """The cells of B rows side by side, in the layout that attention reads; values are never int8.
+    """The cells of B rows side by side, a leaf a layer, in the layout and dtype that attention reads.
 
-    scales are those that int8 cells were rounded with, so that putting them back rounds nothing again.
+    k, v: S cells from before this dispatch, never written. new_k, new_v: the C cells from `start` on, rounded as the
+    pool rounds them; float32, so that writing converts nothing. new scales: with which int8 cells were rounded.
     """
 
     k: tuple[Float[Array, "b k s h"], ...]
     v: tuple[Float[Array, "b k s h"], ...]
-    k_scale: tuple[Float[Array, "b k s"], ...]
-    v_scale: tuple[Float[Array, "b k s"], ...]
+    new_k: tuple[Float[Array, "b k c h"], ...]
+    new_v: tuple[Float[Array, "b k c h"], ...]
+    new_k_scale: tuple[Float[Array, "b k c"], ...]
+    new_v_scale: tuple[Float[Array, "b k c"], ...]
+    start_B: Int[Array, "b"]
 
     @property
     def length(self) -> int:
-        """Cells of a row."""
+        """Cells of a row's pages."""
         return self.k[0].shape[2]
 
-
-# The dims of each leaf as letters, for rules that lay arrays out on a mesh. No rule names pages or cells.
-PAGE_DIMS, PAGE_SCALE_DIMS = "PKSH", "PKS"
-CACHE_DIMS, CACHE_SCALE_DIMS = "BKSH", "BKS"
+    @property
+    def num_new(self) -> int:
+        """New cells that there is room for."""
+        return self.new_k[0].shape[2]
 
 
 def empty_pool(config: ModelConfig, *, num_pages: int, page: int, dtype: jnp.dtype | str) -> KVPool:
@@ -83,32 +93,104 @@ def empty_pool(config: ModelConfig, *, num_pages: int, page: int, dtype: jnp.dty
     quantized = jnp.dtype(dtype) == jnp.int8
 
     def zeros() -> tuple[Array, ...]:
-        return tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
+        return tuple(_bits(jnp.zeros(shape, dtype)) for _ in range(config.layers))
 
-    def no_scales() -> tuple[Array, ...]:
+    def scales() -> tuple[Array, ...]:
         return tuple(jnp.zeros(shape[:-1], jnp.float32) for _ in range(config.layers)) if quantized else ()
 
-    return KVPool(k=zeros(), v=zeros(), k_scale=no_scales(), v_scale=no_scales())
+    return KVPool(k=zeros(), v=zeros(), k_scale=scales(), v_scale=scales())
 
 
-def gather(pool: KVPool, tables_BN: Int[Array, "b n"], compute: jnp.dtype) -> RowCache:
-    """The pages of each row side by side: B rows of N pages of cells, in `compute`."""
+def gather(pool: KVPool, tables_BN: Int[Array, "b n"], compute: jnp.dtype, num_cells: int | None = None) -> RowCache:
+    """The pages of each row side by side: B rows of N pages, in `compute`, with room for `num_cells` new cells.
+
+    `num_cells` is at least what the dispatch will store; without it there is room for whole rows, which is slower.
+    """
 
     def cells(pages: Array) -> Array:
         rows = jnp.take(pages, tables_BN, axis=0, mode="clip").swapaxes(1, 2)
         return rows.reshape(rows.shape[0], rows.shape[1], -1, *rows.shape[4:])
 
-    def values(pages: Array, scale_BKS: Array | None) -> Array:
-        return cells(pages).astype(compute) if scale_BKS is None else dequantize(cells(pages), scale_BKS, compute)
+    def old(pages: tuple[Array, ...], scales: tuple[Array, ...]) -> tuple[Array, ...]:
+        if scales:
+            both = zip(pages, scales, strict=True)
+            return tuple(dequantize(cells(values), cells(scale), compute) for values, scale in both)
+        return tuple(_values(cells(values)).astype(compute) for values in pages)
 
-    k_scale, v_scale = (tuple(cells(scale) for scale in scales) for scales in (pool.k_scale, pool.v_scale))
-    nothing = (None,) * len(pool.k)
+    b, n = tables_BN.shape
+    shape = (b, pool.k[0].shape[1], num_cells or n * pool.page, pool.k[0].shape[3])
+    wide = jnp.promote_types(compute, jnp.float32)
+
+    def new(dims: tuple[int, ...], like: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(jnp.zeros(dims, wide) for _ in like)
+
     return RowCache(
-        k=tuple(values(*both) for both in zip(pool.k, k_scale or nothing, strict=True)),
-        v=tuple(values(*both) for both in zip(pool.v, v_scale or nothing, strict=True)),
-        k_scale=k_scale,
-        v_scale=v_scale,
+        k=old(pool.k, pool.k_scale),
+        v=old(pool.v, pool.v_scale),
+        new_k=new(shape, pool.k),
+        new_v=new(shape, pool.v),
+        new_k_scale=new(shape[:-1], pool.k_scale),
+        new_v_scale=new(shape[:-1], pool.v_scale),
+        start_B=jnp.full(b, NOT_STARTED, jnp.int32),
     )
+
+
+def started(cache: RowCache, positions_BT: Int[Array, "b t"]) -> RowCache:
+    """The cache, knowing where its new cells begin: at the first positions that were ever stored in it."""
+    start_B = jnp.where(cache.start_B == NOT_STARTED, positions_BT[:, 0].astype(jnp.int32), cache.start_B)
+    return replace(cache, start_B=start_B)
+
+
+def store(
+    cache: RowCache,
+    layer: int,
+    k_BTKH: Float[Array, "b t k h"],
+    v_BTKH: Float[Array, "b t k h"],
+    positions_BT: Int[Array, "b t"],
+) -> RowCache:
+    """The started cache with T new keys and values of one layer; the positions of a row follow each other.
+
+    What lies outside the cache's new cells is dropped, never clipped.
+    """
+    compute = cache.k[layer].dtype
+    first_B = positions_BT[:, 0] - cache.start_B
+
+    def put(leaves: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
+        return (*leaves[:layer], _place(leaves[layer], new, first_B), *leaves[layer + 1 :])
+
+    if not cache.new_k_scale:
+        k_BTKH, v_BTKH = k_BTKH.astype(compute), v_BTKH.astype(compute)
+    else:
+        (k_int8, k_scale), (v_int8, v_scale) = quantize(k_BTKH), quantize(v_BTKH)
+        k_BTKH, v_BTKH = dequantize(k_int8, k_scale, compute), dequantize(v_int8, v_scale, compute)
+        scales = {"new_k_scale": put(cache.new_k_scale, k_scale), "new_v_scale": put(cache.new_v_scale, v_scale)}
+        cache = replace(cache, **scales)
+    return replace(cache, new_k=put(cache.new_k, k_BTKH), new_v=put(cache.new_v, v_BTKH))
+
+
+def _place(cells: Array, new: Array, first_B: Array) -> Array:
+    """[B, K, C, ...] with [B, T, K, ...] in cells first to first + T of each row."""
+    t, rest = new.shape[1], (None,) * (cells.ndim - 3)
+    new = new.swapaxes(1, 2).astype(cells.dtype)
+    from_BC = jnp.arange(cells.shape[2]) - first_B[:, None]
+    if t > 1:
+        new = jnp.take_along_axis(new, jnp.clip(from_BC, 0, t - 1)[:, None, :, *rest], axis=2)
+    return jnp.where(((from_BC >= 0) & (from_BC < t))[:, None, :, *rest], new, cells)
+
+
+def in_order(cache: RowCache, layer: int) -> tuple[Array, Array]:
+    """One layer's keys and values with the new cells where they belong among the old: [B, K, S, H] in all.
+
+    Sums over these do not depend on where a dispatch began, at the price of a copy of all cells a step.
+    """
+    from_BS = jnp.arange(cache.length) - cache.start_B[:, None]
+    is_new_B1S1 = ((from_BS >= 0) & (from_BS < cache.num_new))[:, None, :, None]
+    at_B1S1 = jnp.clip(from_BS, 0, cache.num_new - 1)[:, None, :, None]
+
+    def merged(old: Array, new: Array) -> Array:
+        return jnp.where(is_new_B1S1, jnp.take_along_axis(new, at_B1S1, axis=2).astype(old.dtype), old)
+
+    return merged(cache.k[layer], cache.new_k[layer]), merged(cache.v[layer], cache.new_v[layer])
 
 
 def put_back(
@@ -120,58 +202,46 @@ def put_back(
     *,
     num_cells: int,
 ) -> KVPool:
-    """The pool with cells `start` to `start + count` of each row in their pages; `count` is at most `num_cells`.
+    """The pool with new cells `start` to `start + count` of each row in their pages; `count` is at most `num_cells`.
 
-    Nothing else of a page changes; cells past the end of a row's table are dropped, never clipped.
+    `start` is the first position that the dispatch stored. Nothing else of a page changes; cells past the end of a
+    row's table are dropped, never clipped.
     """
-    page, length = pool.page, cache.length
+    num_cells = min(num_cells, cache.num_new)
     steps_1C = jnp.arange(num_cells, dtype=jnp.int32)[None]
     cells_BC = start_B[:, None] + steps_1C
-    legal_BC = (steps_1C < count_B[:, None]) & (cells_BC < length)
-    pages_BC = jnp.take_along_axis(tables_BN, jnp.minimum(cells_BC, length - 1) // page, axis=1)
+    legal_BC = (steps_1C < count_B[:, None]) & (cells_BC < cache.length)
+    pages_BC = jnp.take_along_axis(tables_BN, jnp.minimum(cells_BC, cache.length - 1) // pool.page, axis=1)
     pages_BC = jnp.where(legal_BC, pages_BC, pool.num_pages)
 
-    def put(pages: Array, rows: Array, scale_BKS: Array | None) -> Array:
-        at = jnp.minimum(cells_BC, length - 1)[:, None, :, *(None,) * (rows.ndim - 3)]
-        new = jnp.take_along_axis(rows, at, axis=2)
-        if scale_BKS is not None:
-            new = round_to(new, jnp.take_along_axis(scale_BKS, at[..., 0], axis=2))
+    def put(pages: Array, new: Array) -> Array:
         # Indices apart from a slice put their dims first: [B, C, K, ...].
-        return pages.at[pages_BC, :, cells_BC % page].set(new.swapaxes(1, 2).astype(pages.dtype), mode="drop")
+        return pages.at[pages_BC, :, cells_BC % pool.page].set(new.swapaxes(1, 2), mode="drop")
 
-    nothing = (None,) * len(pool.k)
+    def values(pages: tuple[Array, ...], new: tuple[Array, ...], scales: tuple[Array, ...]) -> tuple[Array, ...]:
+        cells = [leaf[:, :, :num_cells] for leaf in new]
+        if scales:
+            # bfloat16 keeps 8 bits, so a quotient is off by at most 127 / 2^9, and rounds to the int8 that it was.
+            both = zip(cells, scales, strict=True)
+            rounded = [round_to(leaf, scale[:, :, :num_cells]) for leaf, scale in both]
+        else:
+            rounded = [_bits(leaf.astype(_values(pages[0][:0]).dtype)) for leaf in cells]
+        return tuple(put(*both) for both in zip(pages, rounded, strict=True))
+
+    def scales(pages: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(put(leaf, scale[:, :, :num_cells]) for leaf, scale in zip(pages, new, strict=True))
+
     return KVPool(
-        k=tuple(put(*three) for three in zip(pool.k, cache.k, cache.k_scale or nothing, strict=True)),
-        v=tuple(put(*three) for three in zip(pool.v, cache.v, cache.v_scale or nothing, strict=True)),
-        k_scale=tuple(put(*both, None) for both in zip(pool.k_scale, cache.k_scale, strict=True)),
-        v_scale=tuple(put(*both, None) for both in zip(pool.v_scale, cache.v_scale, strict=True)),
+        k=values(pool.k, cache.new_k, cache.new_k_scale),
+        v=values(pool.v, cache.new_v, cache.new_v_scale),
+        k_scale=scales(pool.k_scale, cache.new_k_scale),
+        v_scale=scales(pool.v_scale, cache.new_v_scale),
     )
 
 
-def store(
-    cache: RowCache,
-    layer: int,
-    k_BTKH: Float[Array, "b t k h"],
-    v_BTKH: Float[Array, "b t k h"],
-    positions_BT: Int[Array, "b t"],
-) -> tuple[tuple[Array, Array], tuple[Array, Array] | None]:
-    """One layer's keys and values with T new cells a row at `positions`, and its scales where cells are int8.
+def _bits(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
-    Positions past the end of the cache are dropped, never clipped.
-    """
-    rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
 
-    def put(cells: Array, new: Array) -> Array:
-        return cells.at[rows_B1, :, positions_BT].set(new.astype(cells.dtype), mode="drop")
-
-    if not cache.k_scale:
-        return (put(cache.k[layer], k_BTKH), put(cache.v[layer], v_BTKH)), None
-    new_scales = scales(k_BTKH), scales(v_BTKH)
-    dtype = cache.k[layer].dtype
-    k_BTKH, v_BTKH = (
-        dequantize(round_to(x, scale), scale, dtype) for x, scale in zip((k_BTKH, v_BTKH), new_scales, strict=True)
-    )
-    return (
-        (put(cache.k[layer], k_BTKH), put(cache.v[layer], v_BTKH)),
-        (put(cache.k_scale[layer], new_scales[0]), put(cache.v_scale[layer], new_scales[1])),
-    )
+def _values(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x

@@ -12,7 +12,8 @@ class Limits:
     page: tokens a page. num_pages: of the whole pool, beside one a share that padding is written to. shares: equal
     parts of slots and pages that cannot lend to each other. chunk: most prompt tokens a dispatch. token_budget: most
     tokens of decoding rows and prompts between two decode dispatches, though always one chunk. drafts: tokens that
-    speculation writes beyond the one it must. draft_batch: most rows that do. swap: preemption keeps keys and values on the host.
+    speculation writes beyond the one it must. draft_batch: most rows that do. swap: preemption keeps keys and values on
+    the host.
     """
 
     slots: int

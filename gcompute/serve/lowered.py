@@ -17,6 +17,7 @@ from gcompute.serve.compilation import Program, lower_program
 from gcompute.serve.limits import Limits
 from gcompute.serve.placement import abstract_weights, check_mesh, place
 from gcompute.serve.state import EngineShape
+from gcompute.serve.weights import Layout
 
 ServeProgram = Literal["prefill", "decode"]
 DECODE_STEPS = 8
@@ -72,6 +73,6 @@ def lower_serve(
     )
     compute = COMPUTE[precision]
     execution = Execution(compute=compute, unroll=config.layers, placement=placement)
-    shape = EngineShape(model=config, execution=execution, limits=limits, kv=compute)
+    shape = EngineShape(model=config, execution=execution, limits=limits, kv=compute, layout=Layout.PLAIN)
     sizes = (chunk, chunk) if program == "prefill" else (slots, buckets[-1])
     return lower_program(Program(program, sizes), abstract_weights(shape), shape)

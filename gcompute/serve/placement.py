@@ -23,7 +23,7 @@ from gcompute.parallel.rules import ACTIVATION_RULES, Rules, param_shardings
 from gcompute.plan.serving import check_serving_mesh
 from gcompute.serve.kv_pool import PAGE_DIMS, PAGE_SCALE_DIMS
 from gcompute.serve.state import EngineShape, EngineState, Weights, empty_state
-from gcompute.serve.weights import Layout, serving_weights
+from gcompute.serve.weights import serving_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ def abstract_weights(shape: EngineShape) -> Weights:
 def _placed_weights(shape: EngineShape, config: ModelConfig) -> Any:
     placement = shape.execution.placement
     assert isinstance(placement, ServingPlacement)
-    lay_out = partial(serving_weights, config=config, compute=shape.execution.compute, layout=Layout.PLAIN)
+    lay_out = partial(serving_weights, config=config, compute=shape.execution.compute, layout=shape.layout)
     abstract = jax.eval_shape(lay_out, abstract_params(config))
     dims = param_dims(config)
     block = jax.tree.map(lambda letters: letters.removeprefix("L"), dims["blocks"])

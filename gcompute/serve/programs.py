@@ -57,7 +57,7 @@ def prefill(
             config=config,
             execution=execution,
             positions_BT=positions_1T,
-            cache=gather(pool, table_1N, execution.compute, shares=1, placement=execution.placement),
+            cache=gather(pool, table_1N, execution.compute, chunk, shares=1, placement=execution.placement),
             logits_at_B=num_tokens[None] - 1,
         )
         return logits_1V, put_back(
@@ -105,9 +105,9 @@ def decode(
     what they wrote is put back at the end.
     """
     rows = take_rows(state.rows, slots_B)
-    execution, shares = shape.execution, shape.limits.shares
-    cache = gather(state.pool, tables_BN, execution.compute, shares=shares, placement=execution.placement)
-    bucket, first, steps = cache.length, rows, shape.limits.decode_steps
+    execution, shares, steps = shape.execution, shape.limits.shares, shape.limits.decode_steps
+    cache = gather(state.pool, tables_BN, execution.compute, steps, shares=shares, placement=execution.placement)
+    bucket, first = cache.length, rows
 
     def more(carry: tuple[Array, Rows, RowCache, Choices]) -> Array:
         step, rows, _, _ = carry
@@ -127,6 +127,7 @@ def decode(
             positions_BT=at_B1,
             cache=cache,
             logits_at_B=jnp.zeros_like(rows.length),
+            ordered=shape.limits.deterministic,
         )
         position_B = rows.length + 1
         adjusted_BV = adjust(logits_BV, rows.adjustments, rows.history[:, :bucket], position_B, active_B)

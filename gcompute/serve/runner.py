@@ -15,7 +15,7 @@ from gcompute.serve.compilation import Program, compile_program
 from gcompute.serve.placement import weight_shardings
 from gcompute.serve.programs import Saved
 from gcompute.serve.state import EngineShape, EngineState, Rows, Weights
-from gcompute.serve.weights import choose_layout, serving_weights
+from gcompute.serve.weights import serving_weights
 from gcompute.serve.work import Decode, Prefill, SwapIn, SwapOut
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -56,10 +56,14 @@ class Runner:
         self.compilations = CompilationCount()
 
         def prepare(params: Params, config: ModelConfig) -> Params:
-            placement, compute = shape.execution.placement, shape.execution.compute
-            layout = choose_layout(placement, jax.default_backend(), compute)
-            lay_out = partial(serving_weights, config=config, compute=compute, layout=layout, int8=shape.int8)
-            shardings = None if placement is None else weight_shardings(shape, config)
+            lay_out = partial(
+                serving_weights,
+                config=config,
+                compute=shape.execution.compute,
+                layout=shape.layout,
+                int8=shape.int8,
+            )
+            shardings = None if shape.execution.placement is None else weight_shardings(shape, config)
             return jax.jit(lay_out, out_shardings=shardings)(params)
 
         self._weights = Weights(

@@ -13,22 +13,28 @@ from jaxtyping import Array, Int
 
 from gcompute.parallel.placement import Placement, constrain
 from gcompute.serve import kv_pool
-from gcompute.serve.kv_pool import CACHE_DIMS, CACHE_SCALE_DIMS, KVPool, RowCache
+from gcompute.serve.kv_pool import CELL_DIMS, KVPool, RowCache
 
 
 def gather(
-    pool: KVPool, tables_BN: Int[Array, "b n"], compute: jnp.dtype, *, shares: int, placement: Placement | None
+    pool: KVPool,
+    tables_BN: Int[Array, "b n"],
+    compute: jnp.dtype,
+    num_cells: int,
+    *,
+    shares: int,
+    placement: Placement | None,
 ) -> RowCache:
     """The pages of each row side by side, as `kv_pool.gather`."""
     if shares == 1:
-        cache = kv_pool.gather(pool, tables_BN, compute)
+        cache = kv_pool.gather(pool, tables_BN, compute, num_cells)
     else:
-        read = jax.vmap(partial(kv_pool.gather, compute=compute))
+        read = jax.vmap(partial(kv_pool.gather, compute=compute, num_cells=num_cells))
         cache = _joined(read(_split(pool, shares), _own_tables(pool, tables_BN, shares)))
     if placement is None:
         return cache
-    dims = {len(CACHE_DIMS): CACHE_DIMS, len(CACHE_SCALE_DIMS): CACHE_SCALE_DIMS}
-    return jax.tree.map(lambda leaf: constrain(placement, leaf, dims[leaf.ndim]), cache)
+    # Scales lack the head's dim, and where a row starts has none but the row's.
+    return jax.tree.map(lambda leaf: constrain(placement, leaf, CELL_DIMS[: leaf.ndim]), cache)
 
 
 def put_back(

@@ -70,7 +70,12 @@ def speculate(
     b, t = slots_B.shape[0], shape.limits.drafts + 1
     execution, shares = shape.execution, shape.limits.shares
     read = partial(
-        gather, tables_BN=tables_BN, compute=execution.compute, shares=shares, placement=execution.placement
+        gather,
+        tables_BN=tables_BN,
+        compute=execution.compute,
+        num_cells=rounds * t,
+        shares=shares,
+        placement=execution.placement,
     )
     rows = take_rows(state.rows, slots_B)
     cache = read(state.pool)

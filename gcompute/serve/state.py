@@ -19,6 +19,7 @@ from gcompute.serve.kv_pool import KVPool, empty_pool
 from gcompute.serve.limits import Limits
 from gcompute.serve.request import MAX_BIASES, MAX_STOP_TOKENS, Sampling, seed_words
 from gcompute.serve.sampler import SamplingRows
+from gcompute.serve.weights import Layout
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +63,7 @@ class Weights:
 class EngineShape:
     """What fixes the shapes of every program.
 
-    draft: the model that proposes tokens, if one does. kv: dtype of the pool. int8: whether weights are.
+    draft: the model that proposes tokens, if one does. kv: dtype of the pool. layout, int8: of weights.
     """
 
     model: ModelConfig
@@ -70,6 +71,7 @@ class EngineShape:
     execution: Execution
     limits: Limits
     kv: Any
+    layout: Layout
     int8: bool = False
 
     @property

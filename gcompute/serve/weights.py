@@ -51,8 +51,7 @@ def choose_layout(placement: Placement | None, backend: str, compute: jnp.dtype)
 class Matrix:
     """y = x @ w^T + bias, with w output-major.
 
-    w is None for an output layer tied to the embedding. scale_O is of int8 weights, words_OW of few rows (both or
-    either may be None).
+    w is None for an output layer tied to the embedding. scale_O is of int8 weights; words_OW are for few rows.
     """
 
     w_OI: Array | None
@@ -80,20 +79,26 @@ def serving_weights(
             raise ValueError("int8 weights are served on one device, not on a mesh: use bfloat16 weights there.")
         return params
 
-    def matrix(w_OI: Array, bias_O: Array | None = None, *, keep: bool = True) -> Matrix:
-        scale_O = None
-        if int8:
-            w_OI, scale_O = quantize(w_OI)
-        paired = layout is Layout.PAIRED and w_OI.shape[1] % PACKABLE[w_OI.dtype.itemsize] == 0
-        words_OW = pack(w_OI) if paired else None
-        return Matrix(w_OI=w_OI if keep else None, words_OW=words_OW, scale_O=scale_O, bias_O=bias_O)
+    def matrix(w_OI: Array, bias_O: Array | None = None) -> Matrix:
+        w_OI, scale_O = quantize(w_OI) if int8 else (w_OI, None)
+        packable = layout is Layout.PAIRED and w_OI.shape[1] % PACKABLE.get(w_OI.dtype.itemsize, w_OI.size + 1) == 0
+        return Matrix(w_OI=w_OI, words_OW=pack(w_OI) if packable else None, scale_O=scale_O, bias_O=bias_O)
 
-    ends = {name: value for name, value in params.items() if name not in ("blocks", "head_DV")}
-    # The embedding itself, output-major in the compute dtype, is not kept twice.
-    head = matrix(params["embedding_VD"], keep=int8) if config.tied else matrix(params["head_DV"].T)
+    ends = {name: value for name, value in params.items() if name not in ("blocks", "head_DV", "embedding_VD")}
     embedding_VD = params["embedding_VD"].astype(compute)
+    in_words = layout is Layout.PAIRED and compute == jnp.bfloat16 and config.dim % PACKABLE[2] == 0
+    if in_words:
+        # To look up rows of bfloat16, XLA on CPU would convert the whole table to float32.
+        ends["embedding_VW"] = pack(embedding_VD)
+    if config.tied and not int8:
+        # Output-major in the compute dtype, the embedding itself is the output layer: it is not kept twice.
+        head = Matrix(w_OI=None, words_OW=None, scale_O=None, bias_O=None)
+    else:
+        head = matrix(params["embedding_VD"] if config.tied else params["head_DV"].T)
+    if head.w_OI is None or not in_words:
+        ends["embedding_VD"] = embedding_VD
     blocks = {layer: _block(params["blocks"][layer], config, compute, matrix) for layer in range(config.layers)}
-    return {**ends, "embedding_VD": embedding_VD, "head": head, "blocks": blocks}
+    return {**ends, "head": head, "blocks": blocks}
 
 
 def _block(block: Params, config: ModelConfig, compute: jnp.dtype, matrix: Any) -> Params:

@@ -14,9 +14,11 @@ from gcompute.model.tokenizer import StreamDecoder
 from gcompute.model.transformer import Execution, forward, init
 from gcompute.serve.engine import Engine, Status
 from gcompute.serve.assembly import engine_shape
-from gcompute.serve.compilation import compile_program, list_programs, serving_params
+from gcompute.serve.compilation import compile_program, list_programs
 from gcompute.serve.request import NotReady, QueueFull, Request, RequestError, Sampling
+from gcompute.serve.state import Weights
 from gcompute.serve.stream import Reason
+from gcompute.serve.weights import Layout, serving_weights
 
 GREEDY = Sampling(max_tokens=20, temperature=0, ignore_eos=True)
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -124,7 +126,8 @@ def test_nothing_compiles_after_warmup(engine):
 def test_the_state_is_donated_and_stays_in_place(params, config):
     serve = ServeConfig(slots=2, max_context=16, decode_steps=2, precision="float32", preemption="swap")
     shape = engine_shape(config, serve)
-    ready = jax.jit(partial(serving_params, config=config, compute=jnp.float32))(params)
+    lay_out = partial(serving_weights, config=config, compute=jnp.float32, layout=Layout.FUSED)
+    ready = Weights(model=jax.jit(lay_out)(params))
     for program in list_programs(shape.limits):
         if program.kind in ("init", "swap_out"):
             continue
@@ -135,7 +138,7 @@ def test_the_state_is_donated_and_stays_in_place(params, config):
 
 
 def test_weights_are_cast_once_and_norms_stay_float32(params, config):
-    ready = serving_params(params, config, jnp.bfloat16)
+    ready = serving_weights(params, config, compute=jnp.bfloat16, layout=Layout.PLAIN)
     block = ready["blocks"][1]
     assert block["attention"]["q_DNH"].dtype == block["mlp"]["down_FD"].dtype == jnp.bfloat16
     assert ready["embedding_VD"].dtype == jnp.bfloat16

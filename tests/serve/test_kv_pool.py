@@ -5,7 +5,7 @@ import pytest
 
 from gcompute.config.model import ModelConfig
 from gcompute.serve.int8 import dequantize, quantize, round_to
-from gcompute.serve.kv_pool import KVPool, empty_pool, gather, put_back, store
+from gcompute.serve.kv_pool import KVPool, empty_pool, gather, put_back, started, store
 
 CONFIG = ModelConfig(vocab=16, layers=2, dim=16, heads=4, kv_heads=2, head_dim=4, ffn=16, context=64)
 PAGE, TABLES = 4, [[3, 1, 5], [2, 6, 4], [0, 0, 0]]
@@ -17,7 +17,12 @@ def filled(dtype) -> KVPool:
     pool = empty_pool(CONFIG, num_pages=8, page=PAGE, dtype=dtype)
     rng = np.random.default_rng(0)
     if dtype != jnp.int8:
-        return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype), pool)
+
+        def random(leaf):
+            values = jnp.asarray(rng.standard_normal(leaf.shape), dtype)
+            return jax.lax.bitcast_convert_type(values, leaf.dtype) if leaf.dtype == jnp.uint16 else values
+
+        return jax.tree.map(random, pool)
     return jax.tree.map(
         lambda leaf: jnp.asarray(
             rng.integers(-127, 128, leaf.shape) if leaf.dtype == jnp.int8 else rng.uniform(0.01, 0.1, leaf.shape),
@@ -31,9 +36,16 @@ def compute_of(dtype):
     return jnp.bfloat16 if dtype == jnp.int8 else dtype
 
 
+def numbers(leaf) -> np.ndarray:
+    """A leaf of the pool as numbers: bfloat16 is kept as its bits."""
+    return np.asarray(
+        jax.lax.bitcast_convert_type(leaf, jnp.bfloat16) if leaf.dtype == jnp.uint16 else leaf, np.float32
+    )
+
+
 def cell_of(pool: KVPool, kind: str, layer: int, page: int, offset: int) -> np.ndarray:
     """One cell's [K, H] numbers as attention is to see them."""
-    values = np.asarray(getattr(pool, kind)[layer], np.float32)[page, :, offset]
+    values = numbers(getattr(pool, kind)[layer])[page, :, offset]
     if not pool.quantized:
         return values
     scaled = values * np.asarray(getattr(pool, f"{kind}_scale")[layer])[page, :, offset, None]
@@ -57,22 +69,15 @@ def test_gather_lays_the_pages_of_a_row_side_by_side(dtype):
 def test_put_back_writes_the_counted_cells_and_nothing_else(dtype):
     """Cells of each row: across a page's border, up to and past the end of the table, and none."""
     pool, tables = filled(dtype), jnp.array(TABLES)
-    cache = gather(pool, tables, compute_of(dtype))
-    new = jax.random.normal(jax.random.key(1), (3, 6, 2, 4))
     start, count = np.array([2, 9, 0]), np.array([5, 6, 0])
-    positions = jnp.asarray(start)[:, None] + jnp.arange(6)
-    for layer in range(CONFIG.layers):
-        (k, v), scales = store(cache, layer, new + layer, 2 * new - layer, positions)
-        parts = {"k": k, "v": v} | ({} if scales is None else {"k_scale": scales[0], "v_scale": scales[1]})
-        cache = type(cache)(
-            **{
-                name: tuple(
-                    parts[name] if other == layer and name in parts else leaf
-                    for other, leaf in enumerate(getattr(cache, name))
-                )
-                for name in ("k", "v", "k_scale", "v_scale")
-            }
-        )
+    cache = gather(pool, tables, compute_of(dtype), num_cells=6)
+    # The first two cells, then the other four, as two steps of a dispatch would store them.
+    for first, num in ((0, 2), (2, 4)):
+        positions = jnp.asarray(start)[:, None] + first + jnp.arange(num)
+        cache = started(cache, positions)
+        for layer in range(CONFIG.layers):
+            new = jax.random.normal(jax.random.key(first), (3, num, 2, 4))
+            cache = store(cache, layer, new + layer, 2 * new - layer, positions)
     put = jax.jit(put_back, static_argnames="num_cells")
     after = put(pool, cache, tables, jnp.asarray(start), jnp.asarray(count), num_cells=6)
     written = {
@@ -88,7 +93,8 @@ def test_put_back_writes_the_counted_cells_and_nothing_else(dtype):
                     got = cell_of(after, kind, layer, page, offset)
                     if (page, offset) in written:
                         row, cell = written[page, offset]
-                        want = np.asarray(getattr(cache, kind)[layer], np.float32)[row, :, cell]
+                        want = np.asarray(getattr(cache, f"new_{kind}")[layer])[row, :, cell - start[row]]
+                        assert np.abs(want).max() > 0
                     else:
                         want = cell_of(pool, kind, layer, page, offset)
                     np.testing.assert_array_equal(got, want)
@@ -110,12 +116,13 @@ def test_a_cell_of_zeros_stays_zeros():
     np.testing.assert_array_equal(dequantize(*quantize(zeros), jnp.float32), zeros)
 
 
-def test_positions_past_the_cache_are_dropped():
-    cache = gather(filled(jnp.float32), jnp.array([[1, 2]]), jnp.float32)
-    new = jnp.full((1, 2, 2, 4), 9.0)
-    (k, _), _ = store(cache, 0, new, new, jnp.array([[7, 8]]))
-    np.testing.assert_array_equal(k[:, :, :7], cache.k[0][:, :, :7])
-    np.testing.assert_array_equal(k[:, :, 7], 9.0)
+def test_cells_that_there_is_no_room_for_are_dropped():
+    cache = gather(filled(jnp.float32), jnp.array([[1, 2]]), jnp.float32, num_cells=3)
+    cache = started(cache, jnp.array([[5]]))
+    nines = jnp.full((1, 3, 2, 4), 9.0)
+    stored = store(cache, 0, nines, nines, jnp.array([[7, 8, 9]])).new_k[0]
+    np.testing.assert_array_equal(stored[:, :, :2], 0.0)
+    np.testing.assert_array_equal(stored[:, :, 2], 9.0)
 
 
 def test_a_pool_needs_a_page_beside_the_garbage_page():
