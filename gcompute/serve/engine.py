@@ -333,6 +333,10 @@ class Engine:
                 self._decode(work)
             case SwapOut():
                 self._runner.swap_out(work)
+                with self._wake:
+                    # It waits again, so whoever cancelled it in the meantime ended it at once.
+                    if work.request_id not in self._outputs:
+                        self._runner.forget(work.request_id)
             case SwapIn():
                 self._runner.swap_in(work)
                 self._admit(work.request_id, work.slot)
@@ -420,8 +424,10 @@ class Engine:
         with self._wake:
             if lost:
                 failed = [*self._scheduler.running, *self._scheduler.saved]
+            elif isinstance(work, Decode):
+                failed = [row.request_id for row in work.rows if row is not None]
             else:
-                failed = list(self._scheduler.running) if isinstance(work, Decode) else [work.request_id]
+                failed = [work.request_id]
             for request_id in failed:
                 if request_id in self._outputs:
                     self._finish(self._outputs[request_id], Reason.ERROR, f"the engine failed: {error}")

@@ -204,7 +204,7 @@ class Scheduler:
         options.sort(key=lambda share: (-len(found[share]), -self.blocks[share].num_available))
         for share in options:
             blocks, hits = self.blocks[share], found[share]
-            need = -(-max(len(seq.tokens), seq.cached + 1) // self.limits.page) - len(hits)
+            need = self._pages_to_enter(seq) - len(hits)
             room = blocks.num_available - blocks.num_idle(hits)
             # Those that decode keep what their next dispatch needs: they would turn it out again at once.
             if need + self._lacks([one for one in decoding if one.share == share]) > room:
@@ -220,6 +220,12 @@ class Scheduler:
             self._running[seq.request_id] = seq
             return seq
         return None
+
+    def _pages_to_enter(self, seq: Seq) -> int:
+        """Pages for all its tokens and its first step: with fewer it would give way before it had taken one."""
+        read, steps = (seq.cached, 1) if seq.saved else (len(seq.tokens), min(1, seq.remaining - 1))
+        cells = read + steps * (1 + self.limits.drafts)
+        return -(-min(cells, self.limits.buckets[-1]) // self.limits.page)
 
     def _find(self, seq: Seq, share: int) -> list[int]:
         """Pages that hold the beginning of its tokens; the last token is always read, for what comes after it."""
