@@ -28,9 +28,7 @@ class ServingCommand(SectionedCommand):
 @click.command(cls=ServingCommand, name="serving")
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
 @click.option("--requests", type=click.IntRange(3), default=1000, help="Random requests, over all models.  [1000]")
-@click.option(
-    "--deterministic", is_flag=True, help="Every bit the same, in every way of serving."
-)
+@click.option("--deterministic", is_flag=True, help="Every bit the same, in every way of serving.")
 @click.option("--precision", default="float32", show_default=True, type=click.Choice(("float32", "bfloat16")))
 @click.option("--slots", type=click.IntRange(1), default=8, help="Requests decoded together.  [8]")
 @click.option("--max-context", type=click.IntRange(16), help="Longest prompt plus output.  [the model's, at most 256]")
