@@ -87,23 +87,20 @@ class Engine:
 
     def warmup(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Compile what is not compiled yet. `progress` hears (number done, number in all, name of the next)."""
-        todo = self.programs()
+        todo, tell = self.programs(), progress or (lambda *_: None)
         for done, program in enumerate(todo):
             if self._status is not Status.LOADING:
                 return
-            if progress is not None:
-                progress(done, len(todo), str(program))
+            tell(done, len(todo), str(program))
             self._runner.compile(program)
         self._runner.reset()
-        if progress is not None:
-            progress(len(todo), len(todo), "ready")
+        tell(len(todo), len(todo), "ready")
 
     def start(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Start the engine's thread, which warms up and then serves; `wait_ready` waits for that. Twice is as once."""
-        if self._thread is not None:
-            return
-        self._thread = threading.Thread(target=self._run, args=(progress,), name="engine", daemon=True)
-        self._thread.start()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, args=(progress,), name="engine", daemon=True)
+            self._thread.start()
 
     def wait_ready(self) -> None:
         """Return once requests are taken.
