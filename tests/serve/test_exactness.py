@@ -19,7 +19,8 @@ from gcompute.certify.serving.traffic import Arrival, Wave, random_traffic
 from gcompute.certify.serving.verdict import check_answers
 from gcompute.certify.serving.ways import Way, differing, measure_cost
 from gcompute.config.serve import ServeConfig
-from gcompute.serve import programs
+from gcompute.serve import blocks, programs
+from gcompute.serve import engine as engine_module
 from gcompute.serve.adjustments import NO_TOKEN
 from gcompute.serve.request import Request, Sampling
 from gcompute.serve.stream import Reason
@@ -101,20 +102,22 @@ def test_the_reference_shares_no_code_with_the_engine():
 # Wrong engines, by what reaches the device for a request --------------------------------------------------------------
 
 
-def _rows(admission, **changes):
-    return replace(admission, rows=replace(admission.rows, **changes))
+def _sampling(row, **changes):
+    return replace(row, sampling=replace(row.sampling, **changes))
 
 
-def _adjustments(admission, **changes):
-    return replace(admission, adjustments=replace(admission.adjustments, **changes))
+def _adjustments(row, **changes):
+    return replace(row, adjustments=replace(row.adjustments, **changes))
 
 
 WRONG_REQUESTS = {
-    "another seed": lambda new: _rows(new, seed=new.rows.seed[:, ::-1].copy()),
-    "a temperature that is 2% too high": lambda new: _rows(new, temperature=new.rows.temperature * np.float32(1.02)),
-    "top-k keeps one too many": lambda new: _rows(new, top_k=new.rows.top_k + (new.rows.top_k > 0)),
-    "top-p is not applied": lambda new: _rows(new, top_p=np.ones_like(new.rows.top_p)),
-    "min-p is not applied": lambda new: _rows(new, min_p=np.zeros_like(new.rows.min_p)),
+    "another seed": lambda new: _sampling(new, seed=new.sampling.seed[:, ::-1].copy()),
+    "a temperature that is 2% too high": lambda new: _sampling(
+        new, temperature=new.sampling.temperature * np.float32(1.02)
+    ),
+    "top-k keeps one too many": lambda new: _sampling(new, top_k=new.sampling.top_k + (new.sampling.top_k > 0)),
+    "top-p is not applied": lambda new: _sampling(new, top_p=np.ones_like(new.sampling.top_p)),
+    "min-p is not applied": lambda new: _sampling(new, min_p=np.zeros_like(new.sampling.min_p)),
     "a penalty takes the prompt for output": lambda new: _adjustments(new, num_prompt=new.adjustments.num_prompt * 0),
     "a penalty that divides all by it": lambda new: _adjustments(new, repetition=1 / new.adjustments.repetition),
     "an end one token early": lambda new: _adjustments(new, min_tokens=new.adjustments.min_tokens - 1),
@@ -128,9 +131,21 @@ WRONG_REQUESTS = {
 
 @pytest.mark.parametrize("what", WRONG_REQUESTS)
 def test_a_request_that_is_read_wrong_is_a_violation(what, engine, subject, judge, monkeypatch):
-    right = programs.admission
-    monkeypatch.setattr(programs, "admission", lambda *args, **kwargs: WRONG_REQUESTS[what](right(*args, **kwargs)))
+    right = engine_module.new_row
+    monkeypatch.setattr(engine_module, "new_row", lambda *args, **kwargs: WRONG_REQUESTS[what](right(*args, **kwargs)))
     assert serve_and_check(engine, subject, judge, 60, seed=5).violations
+
+
+def test_a_prefix_that_is_found_after_other_tokens_is_a_violation(engine, subject, judge, monkeypatch):
+    right = blocks.digest_of
+    monkeypatch.setattr(blocks, "digest_of", lambda before, tokens: right(blocks.ROOT, tokens))
+    page = engine.stats().page_tokens
+    same = tuple(range(1, 1 + page))
+    asked = Sampling(max_tokens=8, temperature=0, ignore_eos=True)
+    prompts = [(*(first,) * page, *same, 7) for first in range(3)]
+    arrivals = [Arrival(request=Request(prompt=prompt, sampling=asked), streamed=False) for prompt in prompts]
+    answers = [drive(engine, [Wave(arrivals=(one,), pause=0)])[0] for one in arrivals]
+    assert judge(arrivals, answers).violations
 
 
 def test_answers_that_change_places_are_violations(engine, subject, judge):

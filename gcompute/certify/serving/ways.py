@@ -45,8 +45,8 @@ def deterministic_ways(max_context: int) -> tuple[Way, ...]:
         Way(name="alone, no prefix cache", changes={"prefix_cache": False}, alone=True),
         Way(name="in a crowd, no prefix cache", changes={"prefix_cache": False}),
         Way(name="in a crowd, prefixes cached", changes={"prefix_cache": True}),
-        Way(name="again, all prefixes cached", changes={"prefix_cache": True}, shows="num_prefix_tokens"),
-        Way(name="alone, all prefixes cached", changes={"prefix_cache": True}, alone=True, shows="num_prefix_tokens"),
+        Way(name="again, all prefixes cached", changes={"prefix_cache": True}, shows="num_hit_tokens"),
+        Way(name="alone, all prefixes cached", changes={"prefix_cache": True}, alone=True, shows="num_hit_tokens"),
         Way(name="one step a dispatch", changes={"decode_steps": 1}),
         Way(name="room for one request", changes={PAGES: max_context}, shows="num_preemptions"),
     )
