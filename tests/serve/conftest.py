@@ -12,6 +12,7 @@ from gcompute.model.tokenizer import Tokenizer
 from gcompute.model.transformer import Params, init
 from gcompute.serve.engine import Engine
 from gcompute.serve.state import EngineShape
+from gcompute.serve.work import Work
 
 CONFIG = ModelConfig(vocab=257, layers=2, dim=32, heads=4, kv_heads=2, ffn=64, context=64)
 SERVE = ServeConfig(slots=3, max_queue=4, decode_steps=4, precision="float32", port=0)
@@ -111,6 +112,39 @@ def gate(engine) -> Iterator[Gate]:
     with _before_each(engine, "decode", gate.wait):
         yield gate
         gate.open.set()
+
+
+@contextmanager
+def _checked_books(engine: Engine, heard: Callable[[Work], None] = lambda work: None) -> Iterator[None]:
+    """Check who holds which slot and page before and after each piece of work; `heard` hears of it."""
+    scheduler = engine._scheduler
+    next_work = scheduler.next_work
+
+    def check() -> None:
+        scheduler.check()
+        for blocks in scheduler.blocks:
+            assert blocks.num_free + blocks.num_cached + blocks.num_used == blocks.num_pages
+
+    def checked() -> Work | None:
+        check()
+        work = next_work()
+        check()
+        if work is not None:
+            heard(work)
+        return work
+
+    scheduler.next_work = checked
+    try:
+        yield
+    finally:
+        scheduler.next_work = next_work
+        with engine._wake:
+            check()
+
+
+@pytest.fixture(scope="session")
+def checked_books():
+    return _checked_books
 
 
 def _wait_until(engine: Engine, condition: Callable[[], bool]) -> None:

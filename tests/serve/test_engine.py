@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from greedy import random_prompts, solo_greedy
 
 import gcompute.serve.engine as engine_module
 from gcompute.config.presets import PRESETS
 from gcompute.config.serve import ServeConfig
 from gcompute.model.tokenizer import StreamDecoder
-from gcompute.model.transformer import Execution, forward, init
+from gcompute.model.transformer import init
 from gcompute.serve.assembly import engine_shape
 from gcompute.serve.compilation import compile_program, list_programs
 from gcompute.serve.engine import Engine, Status
@@ -22,26 +23,6 @@ from gcompute.serve.weights import Layout, serving_weights
 
 GREEDY = Sampling(max_tokens=20, temperature=0, ignore_eos=True)
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-
-
-@partial(jax.jit, static_argnums=0)
-def logits_without_cache(config, params, tokens_1T, at):
-    return forward(params, tokens_1T, config=config, execution=Execution(compute=jnp.float32))[0][0, at]
-
-
-def solo_greedy(params, config, prompt, num_tokens):
-    """Argmax decoding with the whole text run again for each token, and no cache; padding comes after, so unseen."""
-    tokens = list(prompt)
-    for _ in range(num_tokens):
-        padded = np.zeros((1, config.context), np.int32)
-        padded[0, : len(tokens)] = tokens
-        tokens.append(int(np.argmax(logits_without_cache(config, params, padded, np.int32(len(tokens) - 1)))))
-    return tuple(tokens[len(prompt) :])
-
-
-def random_prompts(num, *, longest, vocab=256, seed=0):
-    rng = np.random.default_rng(seed)
-    return [tuple(rng.integers(0, vocab, rng.integers(1, longest + 1)).tolist()) for _ in range(num)]
 
 
 def test_concurrent_greedy_requests_equal_solo_decoding_without_a_cache(engine, params, config):

@@ -1,5 +1,6 @@
 """Fuzzed bodies, clients that leave, overload, forced failures, SIGTERM: no 500, no slot lost, no neighbour harmed."""
 
+import gc
 import json
 import logging
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -20,6 +22,7 @@ from openai_calls import GREEDY, LOCAL, chunks_of, complete, metric
 import gcompute.serve.engine as engine_module
 from gcompute.model.tokenizer import StreamDecoder
 from gcompute.serve import chat, protocol
+from gcompute.serve.request import QueueFull, Request, Sampling
 from gcompute.serve.server import background
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
@@ -37,11 +40,19 @@ def http(url):
         yield http
 
 
+@pytest.fixture(autouse=True)
+def books(engine, checked_books):
+    """No slot and no page is lost or held twice, whatever is done to the engine."""
+    with checked_books(engine):
+        yield
+
+
 def check_all_free(engine, wait_until) -> None:
     wait_until(engine, lambda: engine.stats().num_running == engine.stats().num_waiting == 0)
     stats = engine.stats()
     assert (stats.status, stats.num_cells_used, stats.num_late_compilations) == ("ready", 0, 0)
-    assert engine._scheduler.num_free == stats.slots
+    assert stats.num_pages == stats.num_pages_free + stats.num_pages_cached
+    assert engine._scheduler.num_free_slots == stats.slots
     assert not engine._outputs
 
 
@@ -242,6 +253,55 @@ def test_overload_at_ten_times_capacity_is_429s_and_the_accepted_finish(http, en
     assert {status for status, _ in answers} == {200, 429}
     assert {text for status, text in answers if status == 200} == {expected}
     check_all_free(engine, wait_until)
+
+
+def memory_grown_by(engine, wait_until, overload, *, num_rounds: int) -> int:
+    """Bytes that Python holds more after rounds of overload, once as many before them have filled what is reused."""
+
+    def measure() -> int:
+        check_all_free(engine, wait_until)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        for _ in range(num_rounds):
+            overload()
+        before = measure()
+        for _ in range(num_rounds):
+            overload()
+        return measure() - before
+    finally:
+        tracemalloc.stop()
+
+
+def test_overload_leaves_nothing_in_memory(engine, wait_until):
+    def overload() -> None:
+        streams = []
+        for _ in range(70):
+            try:
+                streams.append(engine.submit(Request(prompt=(1,), sampling=Sampling(max_tokens=2, ignore_eos=True))))
+            except QueueFull:
+                continue
+        assert 7 <= len(streams) < 70
+        assert {stream.result().reason for stream in streams} == {"length"}
+
+    # Seven streams a round are accepted; one that somebody kept would be some 3000 bytes with its events.
+    assert memory_grown_by(engine, wait_until, overload, num_rounds=8) < 8 * 7 * 1000
+
+
+@pytest.mark.slow
+def test_overload_over_http_leaves_nothing_in_memory(http, engine, wait_until):
+    body = {"prompt": "a", "max_tokens": 2, "ignore_eos": True}
+    with ThreadPoolExecutor(70) as pool:
+
+        def overload() -> None:
+            answers = pool.map(lambda _: http.post("/v1/completions", json=body).status_code, range(70))
+            assert set(answers) == {200, 429}
+
+        # A call that somebody kept would be its body, its headers and its task, some 5000 bytes. Connections that
+        # happen to be open are some 100 kB more or less.
+        assert memory_grown_by(engine, wait_until, overload, num_rounds=8) < 8 * 70 * 1000
 
 
 def test_a_request_that_fails_does_not_harm_those_beside_it(http, engine, monkeypatch, caplog, wait_until):

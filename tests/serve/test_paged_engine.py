@@ -5,6 +5,7 @@ After each piece of work the scheduler's books are checked, and after each test 
 
 import logging
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
 
 import jax
@@ -25,7 +26,7 @@ TIGHT = 5
 
 
 class Watched:
-    """An engine whose books are checked before and after each piece of work, and the work that it did."""
+    """An engine and the work that it did."""
 
     def __init__(self, engine: Engine, num_pages: int | None):
         self.engine = engine
@@ -33,24 +34,8 @@ class Watched:
             engine._scheduler = Scheduler(replace(engine._runner.shape.limits, num_pages=num_pages))
         self.scheduler = engine._scheduler
         self.done: list[Work] = []
-        self._next_work = self.scheduler.next_work
-        self.scheduler.next_work = self.next_work
-
-    def next_work(self) -> Work | None:
-        self.check()
-        work = self._next_work()
-        self.check()
-        if work is not None:
-            self.done.append(work)
-        return work
-
-    def check(self) -> None:
-        self.scheduler.check()
-        (blocks,) = self.scheduler.blocks
-        assert blocks.num_free + blocks.num_cached + blocks.num_used == blocks.num_pages
 
     def check_all_free(self) -> None:
-        self.check()
         assert self.scheduler.num_free_slots == self.scheduler.limits.slots
         assert (self.scheduler.num_waiting, self.scheduler.blocks[0].num_used) == (0, 0)
         assert not self.engine._outputs
@@ -62,21 +47,18 @@ class Watched:
 
 
 @pytest.fixture
-def start(make_engine, wait_until):
+def start(make_engine, checked_books):
     """Engines that run until the test ends, and hold nothing then."""
-    running: list[Watched] = []
+    with ExitStack() as ends:
 
-    def start(*, num_pages: int | None = None, **changes) -> Watched:
-        watched = Watched(make_engine(replace(SERVE, **changes)), num_pages)
-        watched.engine.start()
-        watched.engine.wait_ready()
-        running.append(watched)
-        return watched
+        def start(*, num_pages: int | None = None, **changes) -> Watched:
+            watched = Watched(make_engine(replace(SERVE, **changes)), num_pages)
+            ends.callback(watched.check_all_free)
+            ends.enter_context(checked_books(watched.engine, watched.done.append))
+            ends.enter_context(watched.engine)
+            return watched
 
-    yield start
-    for watched in running:
-        watched.engine.close()
-        watched.check_all_free()
+        yield start
 
 
 def greedy(num: int) -> Sampling:
@@ -176,7 +158,6 @@ def test_those_that_give_way_find_their_beginning(start, params, config):
 def test_a_request_that_gave_way_can_be_cancelled(start, params, config, before_each, when):
     watched = start(num_pages=TIGHT, preemption="swap")
     engine = watched.engine
-    streams = {}
     reached, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
