@@ -40,6 +40,10 @@ COMMANDS = {
         about="Serve a trained model over HTTP, as the OpenAI completions API.",
         example="gcompute serve runs/first --port 8000",
     ),
+    "bench": Entry(
+        about="Put a load on a server: latency, throughput, goodput, cost, beside the plan's prediction.",
+        example="gcompute bench serve runs/first --sweep 1,2,4,8 --plot curve.png",
+    ),
     "plan": Entry(
         about="Predict: will it fit, what bounds it, what does it cost; on chips that need not be here.",
         example="gcompute plan train llama3-70b --on v5p:8x8x16 --mesh fsdp=256,tensor=4 --batch 1024",

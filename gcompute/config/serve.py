@@ -3,9 +3,26 @@
 from dataclasses import dataclass
 
 from gcompute.config.fields import check_choices, check_numbers, option
+from gcompute.config.mesh import MeshShape
 from gcompute.config.train import PRECISIONS
 
-POSITIVE = ("slots", "max_queue", "max_context", "decode_steps", "timeout_s", "max_body_bytes")
+POSITIVE = (
+    "slots",
+    "max_queue",
+    "max_context",
+    "decode_steps",
+    "page",
+    "chunk",
+    "token_budget",
+    "kv_tokens",
+    "draft_tokens",
+    "draft_batch",
+    "timeout_s",
+    "max_body_bytes",
+)
+PREEMPTIONS = ("recompute", "swap")
+QUANTIZED = ("int8",)
+SPECULATIONS = ("none", "ngram", "draft")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,12 +35,39 @@ class ServeConfig:
     max_queue: int = option(64, "requests that may wait; more are answered 429")
     max_context: int | None = option(None, "longest prompt plus output, in tokens (default: the model's context)")
     decode_steps: int = option(8, "most tokens decoded a dispatch")
+    chunk: int = option(256, "most prompt tokens read a dispatch")
+    token_budget: int = option(512, "most tokens, prompts' and decoding requests', between two decode dispatches")
+    page: int = option(16, "tokens a page of keys and values")
+    kv_tokens: int | None = option(
+        None, "tokens that all pages hold (default: what all slots need, or what the device's memory leaves)"
+    )
+    prefix_cache: bool = option(True, "keep pages of ended requests, to be found by requests that begin alike")
+    preemption: str = option(
+        "recompute", "when pages run out, read a request again later or keep its pages on the host", choices=PREEMPTIONS
+    )
+    speculate: str = option(
+        "none",
+        "propose tokens that are judged together: by n-gram lookup, or by the model of --draft",
+        choices=SPECULATIONS,
+    )
+    draft_tokens: int = option(4, "tokens proposed at a time")
+    draft_batch: int = option(8, "most requests that speculate together; beyond it, plain decoding")
+    deterministic: bool = option(False, "the same bits whatever else runs, at a cost in speed")
     timeout_s: float | None = option(None, "longest that a call may take, in seconds (default: no limit)")
     max_body_bytes: int = option(4 << 20, "largest request body; larger ones are answered 413")
-    precision: str = option("bfloat16", "dtype of matmul operands and of the KV cache", choices=PRECISIONS)
+    precision: str = option("bfloat16", "dtype of matmul operands", choices=PRECISIONS)
+    weights: str | None = option(
+        None, "dtype that matmul weights are kept in (default: the precision)", choices=QUANTIZED
+    )
+    kv: str | None = option(None, "dtype that keys and values are kept in (default: the precision)", choices=QUANTIZED)
+    mesh: MeshShape | None = option(None, "mesh axes, such as tensor=2 or data=2,expert=4 (default: one device)")
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_numbers(self, positive=POSITIVE, at_least_zero=("port",))
         if self.port > 65535:
             raise ValueError(f"port must be below 65536, got {self.port}.")
+        if self.chunk % self.page:
+            raise ValueError(f"chunk={self.chunk} must be a multiple of page={self.page}.")
+        if self.deterministic and self.speculate != "none":
+            raise ValueError("deterministic and speculate exclude each other: what is proposed changes the programs.")

@@ -4,7 +4,7 @@ Log-probabilities are log_softmax of the logits as the model gave them, before a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import jax
@@ -20,12 +20,17 @@ from gcompute.serve.stream import TokenLogprobs
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """N tokens of each row, NO_TOKEN where none was chosen; the rest is zero where no row asked for it."""
+    """N tokens of each row, NO_TOKEN where none was chosen; log-probabilities are zero where no row asked for them.
+
+    drafted, accepted: how many tokens were proposed by speculation, and how many of those were chosen.
+    """
 
     token: Int[Array, "b n"]
     logprob: Float[Array, "b n"]
     top_ids: Int[Array, "b n k"]
     top_logprobs: Float[Array, "b n k"]
+    drafted: Int[Array, ""]
+    accepted: Int[Array, ""]
 
     @classmethod
     def empty(cls, rows: int, steps: int, vocab: int) -> Self:
@@ -35,16 +40,26 @@ class Choices:
             logprob=jnp.zeros((rows, steps), jnp.float32),
             top_ids=jnp.zeros((rows, steps, k), jnp.int32),
             top_logprobs=jnp.zeros((rows, steps, k), jnp.float32),
+            drafted=jnp.int32(0),
+            accepted=jnp.int32(0),
         )
 
-    def put(self, step: Array, token_B: Array, logits_BV: Array, reported_B: Array) -> Self:
-        """With the tokens of one step in their place; `reported` rows with the log-probabilities too."""
-        logprob_B, top_ids_BK, top_logprobs_BK = _measure(logits_BV, token_B, reported_B, self.top_ids.shape[-1])
-        return type(self)(
-            token=self.token.at[:, step].set(token_B),
-            logprob=self.logprob.at[:, step].set(logprob_B),
-            top_ids=self.top_ids.at[:, step].set(top_ids_BK),
-            top_logprobs=self.top_logprobs.at[:, step].set(top_logprobs_BK),
+    def put(
+        self,
+        rows_M: Int[Array, "m"],
+        at_M: Int[Array, "m"],
+        token_M: Int[Array, "m"],
+        logits_MV: Float[Array, "m v"],
+        reported_M: Bool[Array, "m"],
+    ) -> Self:
+        """With M tokens in their rows and places, dropped past the end; log-probabilities if any is asked for."""
+        logprob_M, top_ids_MK, top_logprobs_MK = _measure(logits_MV, token_M, reported_M, self.top_ids.shape[-1])
+        return replace(
+            self,
+            token=self.token.at[rows_M, at_M].set(token_M, mode="drop"),
+            logprob=self.logprob.at[rows_M, at_M].set(logprob_M, mode="drop"),
+            top_ids=self.top_ids.at[rows_M, at_M].set(top_ids_MK, mode="drop"),
+            top_logprobs=self.top_logprobs.at[rows_M, at_M].set(top_logprobs_MK, mode="drop"),
         )
 
 

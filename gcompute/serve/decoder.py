@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gcompute.config.model import ModelConfig
 from gcompute.model.attention import MASKED
+from gcompute.model.attention import attend as model_attend
 from gcompute.model.layers import RMSNorm, activation, make_norm, rotary_table, rotate
 from gcompute.model.matmul import linear, linear_transposed, scores, weighted_sum
 from gcompute.model.moe import MoE
@@ -26,7 +27,7 @@ from gcompute.parallel.einsum import accumulator, einsum
 from gcompute.parallel.placement import constrain
 from gcompute.serve import few_rows
 from gcompute.serve.int8 import int8_product, quantize
-from gcompute.serve.kv_pool import RowCache, started, store
+from gcompute.serve.kv_pool import RowCache, in_order, started, store
 from gcompute.serve.weights import Matrix
 
 Product = Callable[[Matrix, Array], Array]
@@ -41,12 +42,14 @@ def forward(
     positions_BT: Int[Array, "b t"],
     cache: RowCache,
     logits_at_B: Int[Array, "b"] | None = None,
+    ordered: bool = False,
 ) -> tuple[Float[Array, "b t v"] | Float[Array, "b v"], RowCache]:
     """Logits of the next token at every position, and the cache with this input's keys and values in it.
 
     `params` are of `serving_weights`; with a placement, in the plain layout. The T new keys and values of each row are
     stored at `positions_BT`, which follow each other, and each query sees the cells up to its own position.
-    `logits_at_B` picks one index of T a row before the output layer.
+    `logits_at_B` picks one index of T a row before the output layer. `ordered`: sums over cells run in their order,
+    whichever of them are new, so that no bit depends on where a dispatch began; it costs a copy of all cells.
     """
     placement, zero = execution.placement, few_rows.unknown_zero(positions_BT)
     if "embedding_VW" in params:
@@ -69,7 +72,8 @@ def forward(
         q_BTNH, k_BTKH, v_BTKH = _queries_keys_values(weights, normed_BTD, rotary, product, config, execution)
         cache = store(cache, layer, k_BTKH, v_BTKH, positions_BT)
         # Left free, XLA may split whole heads for the product after it, and gather the cells to give it back.
-        o_BTNH = constrain(placement, attend(q_BTNH, cache, layer, visible, execution.compute), "BTNH")
+        attend_as = attend_ordered if ordered else attend
+        o_BTNH = constrain(placement, attend_as(q_BTNH, cache, layer, visible, execution.compute), "BTNH")
         mixed_BTD = _attention_output(weights, o_BTNH, product, config, execution)
         x_BTD = constrain(placement, x_BTD + constrain(placement, mixed_BTD.astype(x_BTD.dtype), "BRD"), "BRD")
         normed_BTD = constrain(placement, _norm(config, weights["mlp_norm"], x_BTD), "BTD")
@@ -111,6 +115,24 @@ def attend(
     old_p, new_p = jnp.split(jax.nn.softmax(s_BKQS, axis=-1), (cache.length,), axis=-1)
     o_BKQH = weighted_sum(old_p, old_v, compute) + weighted_sum(new_p, new_v, compute)
     return o_BKQH.reshape(b, k, groups, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def attend_ordered(
+    q_BTNH: Float[Array, "b t n h"],
+    cache: RowCache,
+    layer: int,
+    visible: tuple[Bool[Array, "b t s"], Bool[Array, "b t c"]],
+    compute: jnp.dtype,
+) -> Float[Array, "b t n h"]:
+    """As `attend`, over the cells in their order."""
+    k_BKSH, v_BKSH = in_order(cache, layer)
+    # What an old cell shows, one that stands in a new cell's place does not: see where each new cell lies.
+    old_BTS, new_BTC = visible
+    at_BS = jnp.clip(jnp.arange(cache.length) - cache.start_B[:, None], 0, cache.num_new - 1)
+    from_BS = jnp.arange(cache.length) - cache.start_B[:, None]
+    moved_BTS = jnp.take_along_axis(new_BTC, at_BS[:, None], axis=2)
+    visible_BTS = jnp.where(((from_BS >= 0) & (from_BS < cache.num_new))[:, None], moved_BTS, old_BTS)
+    return model_attend(q_BTNH, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), visible_BTS, compute)
 
 
 def apply(

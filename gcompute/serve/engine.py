@@ -1,6 +1,6 @@
 """The engine: one thread that owns all device state, fed through a queue and answering on one stream a request.
 
-    waiting -> prefill into a free slot -> decode with all other slots -> finished, slot free
+    waiting -> prefill, a chunk a dispatch -> decode with all others -> finished, slot and pages free
 
 Every program is compiled before the first request. A failure of one request ends that request; a failure of the
 device ends the requests that run, and the engine goes on with empty slots.
@@ -12,23 +12,26 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Self
-
-import jax.numpy as jnp
 
 from gcompute.config.model import ModelConfig
 from gcompute.config.serve import ServeConfig
 from gcompute.model.tokenizer import StreamDecoder, Tokenizer
-from gcompute.model.transformer import Execution, Params
+from gcompute.model.transformer import Params
 from gcompute.serve.adjustments import NO_TOKEN
+from gcompute.serve.assembly import engine_shape
 from gcompute.serve.choices import read_row
-from gcompute.serve.offline import complete_all, progress_bar
-from gcompute.serve.programs import EngineShape, Program, list_programs
+from gcompute.serve.compilation import Program, list_programs
+from gcompute.serve.observation import observe
+from gcompute.serve.offline import complete_all, make_requests, progress_bar
 from gcompute.serve.request import NotReady, Request, RequestError, Sampling, check_fits
 from gcompute.serve.runner import Runner
-from gcompute.serve.scheduler import Decode, Prefill, Scheduler
-from gcompute.serve.stats import EngineStats, Status
+from gcompute.serve.scheduler import Scheduler
+from gcompute.serve.state import new_row
+from gcompute.serve.stats import EngineStats, LastDecode, Status
 from gcompute.serve.stream import Completion, EventStream, Finished, Output, Reason, TokenLogprobs
+from gcompute.serve.work import Decode, Prefill, SwapIn, SwapOut, Work
 
 log = logging.getLogger(__name__)
 
@@ -36,41 +39,33 @@ log = logging.getLogger(__name__)
 class Engine:
     """Continuous batching of one model on one device. Use it as a context manager, or call `start` and `close`.
 
+    draft: parameters and configuration of a smaller model of the same vocabulary, for `speculate="draft"`.
+
     Raises:
       ValueError: the configuration does not fit the model or the tokenizer.
     """
 
     def __init__(
-        self, params: Params, config: ModelConfig, tokenizer: Tokenizer | None, serve: ServeConfig | None = None
+        self,
+        params: Params,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        serve: ServeConfig | None = None,
+        *,
+        draft: tuple[Params, ModelConfig] | None = None,
     ):
         serve = serve or ServeConfig()
-        max_context = serve.max_context or config.context
-        if max_context > config.context:
-            raise ValueError(f"max_context={max_context} exceeds the model's context. Use at most {config.context}.")
-        if max_context < 2:
-            raise ValueError("max_context must be at least 2: one token of prompt and one of output.")
         if tokenizer is not None and tokenizer.vocab_size > config.vocab:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab}: give the model's own."
             )
-        compute = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[serve.precision]
+        draft_params, draft_config = draft or (None, None)
+        shape = engine_shape(config, serve, draft_config)
         self.config = config
         self.tokenizer = tokenizer
-        self.max_context = max_context
-        shape = EngineShape(
-            model=config,
-            execution=Execution(compute=compute, unroll=config.layers),
-            slots=serve.slots,
-            max_context=max_context,
-            decode_steps=serve.decode_steps,
-        )
-        self._runner = Runner(params, shape)
-        self._scheduler = Scheduler(
-            slots=serve.slots,
-            max_queue=serve.max_queue,
-            max_context=max_context,
-            decode_steps=serve.decode_steps,
-        )
+        self.max_context = shape.limits.max_context
+        self._runner = Runner(params, shape, draft_params)
+        self._scheduler = Scheduler(shape.limits)
         self.max_choices = serve.max_queue + serve.slots
         # Guards all below; the engine's thread holds it only to decide and to record, never while the device runs.
         self._wake = threading.Condition()
@@ -80,34 +75,32 @@ class Engine:
         self._cancelled: set[int] = set()
         self._next_id = 0
         self._observers: list[Callable[[Finished], None]] = []
-        self._counts = {"decode_steps": 0, "prompt_tokens": 0, "output_tokens": 0}
+        self._last = LastDecode()
+        self._counts = dict.fromkeys(("decode_steps", "prompt_tokens", "output_tokens", "drafted", "accepted"), 0)
         self._thread: threading.Thread | None = None
 
     # Life ------------------------------------------------------------------------------------------------------------
 
     def programs(self) -> tuple[Program, ...]:
         """Every program that the engine runs; `warmup` compiles them, and nothing compiles after it."""
-        return list_programs(self.max_context)
+        return list_programs(self._runner.shape.limits)
 
     def warmup(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Compile what is not compiled yet. `progress` hears (number done, number in all, name of the next)."""
-        todo = self.programs()
+        todo, tell = self.programs(), progress or (lambda *_: None)
         for done, program in enumerate(todo):
             if self._status is not Status.LOADING:
                 return
-            if progress is not None:
-                progress(done, len(todo), str(program))
+            tell(done, len(todo), str(program))
             self._runner.compile(program)
         self._runner.reset()
-        if progress is not None:
-            progress(len(todo), len(todo), "ready")
+        tell(len(todo), len(todo), "ready")
 
     def start(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Start the engine's thread, which warms up and then serves; `wait_ready` waits for that. Twice is as once."""
-        if self._thread is not None:
-            return
-        self._thread = threading.Thread(target=self._run, args=(progress,), name="engine", daemon=True)
-        self._thread.start()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, args=(progress,), name="engine", daemon=True)
+            self._thread.start()
 
     def wait_ready(self) -> None:
         """Return once requests are taken.
@@ -220,13 +213,7 @@ class Engine:
         Raises:
           RequestError: a prompt can never be served; nothing is generated then. NotReady: as for `submit`.
         """
-        each = [params] * len(prompts) if isinstance(params, Sampling) else params or [Sampling()] * len(prompts)
-        if len(each) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts came with {len(each)} samplings: give one, or one a prompt.")
-        requests = [
-            Request(prompt=self.encode(prompt) if isinstance(prompt, str) else tuple(prompt), sampling=own)
-            for prompt, own in zip(prompts, each, strict=True)
-        ]
+        requests = make_requests(prompts, params, self.encode)
         for request in requests:
             self._check(request)
         with nullcontext(progress) if progress is not None else progress_bar() as report:
@@ -239,21 +226,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         with self._wake:
-            running = self._scheduler.running
-            return EngineStats(
-                status=self._status,
-                slots=self._runner.shape.slots,
-                num_running=len(running),
-                num_waiting=self._scheduler.num_waiting,
-                num_cells=self._runner.shape.slots * self.max_context,
-                num_cells_used=sum(entry.cached for entry in running.values()),
-                num_programs=len(self._runner.compiled),
-                num_late_compilations=self._runner.compilations.num,
-                num_dispatches=self._runner.num_dispatches,
-                num_decode_steps=self._counts["decode_steps"],
-                num_prompt_tokens=self._counts["prompt_tokens"],
-                num_output_tokens=self._counts["output_tokens"],
-            )
+            return observe(self._runner, self._scheduler, self._status, self._counts, self._last)
 
     def _check(self, request: Request) -> None:
         check_fits(request, vocab=self.config.vocab, max_context=self.max_context)
@@ -262,9 +235,11 @@ class Engine:
 
     def _enter(self, request: Request) -> EventStream:
         request_id, self._next_id = self._next_id, self._next_id + 1
+        if request.sampling.seed is None:
+            request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(64)))
         stream = EventStream(request, request_id)
         sampling = request.sampling
-        self._scheduler.add(request_id, num_prompt=len(request.prompt), max_tokens=sampling.max_tokens)
+        self._scheduler.add(request_id, prompt=request.prompt, max_tokens=sampling.max_tokens)
         decoder = StreamDecoder(self.tokenizer) if self.tokenizer is not None else None
         self._outputs[request_id] = Output(
             stream,
@@ -290,10 +265,7 @@ class Engine:
             self._runner.compilations.watch()
             while (work := self._next_work()) is not None:
                 try:
-                    if isinstance(work, Prefill):
-                        self._prefill(work)
-                    else:
-                        self._decode(work)
+                    self._do(work)
                 except Exception as error:
                     log.exception("a dispatch failed: %s", work)
                     self._recover(work, error)
@@ -305,7 +277,7 @@ class Engine:
                     self._finish(output, Reason.ERROR, f"the engine stopped: {error}")
                 self._wake.notify_all()
 
-    def _next_work(self) -> Prefill | Decode | None:
+    def _next_work(self) -> Work | None:
         """Sleep until there is work; None when the engine drains and nothing is left."""
         with self._wake:
             while True:
@@ -316,33 +288,70 @@ class Engine:
                     return work
                 self._wake.wait()
 
-    def _prefill(self, work: Prefill) -> None:
-        output = self._outputs[work.request_id]
+    def _do(self, work: Work) -> None:
+        match work:
+            case Prefill():
+                self._prefill(work)
+            case Decode():
+                self._decode(work)
+            case SwapOut():
+                self._runner.swap_out(work)
+                with self._wake:
+                    # It waits again, so whoever cancelled it in the meantime ended it at once.
+                    if work.request_id not in self._outputs:
+                        self._runner.forget(work.request_id)
+            case SwapIn():
+                self._runner.swap_in(work)
+                self._admit(work.request_id, work.slot)
+
+    def _admit(self, request_id: int, slot: int) -> None:
+        """Tell the device what stands in a slot from now on."""
+        output, seq = self._outputs[request_id], self._scheduler.running[request_id]
         output.admit(time.perf_counter())
-        request = output.stream.request
-        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(64)
-        choices = self._runner.prefill(
-            request, slot=work.slot, bucket=work.bucket, end=self._end_token(request.sampling), seed=seed
+        sampling = output.stream.request.sampling
+        assert sampling.seed is not None
+        row = new_row(
+            sampling,
+            seq.tokens,
+            num_prompt=seq.num_prompt,
+            num_cells=self._runner.shape.num_cells,
+            length=seq.cached,
+            end=self._end_token(sampling),
+            seed=sampling.seed,
         )
-        tokens, logprobs = read_row(choices, 0, request.sampling.logprobs)
+        self._runner.admit(slot, row)
+
+    def _prefill(self, work: Prefill) -> None:
+        if work.first:
+            self._admit(work.request_id, work.slot)
+        choices = self._runner.prefill(work)
+        sampling = self._outputs[work.request_id].stream.request.sampling
+        tokens, logprobs = read_row(choices, 0, sampling.logprobs) if work.last else ((), ())
         with self._wake:
-            self._counts["prompt_tokens"] += len(request.prompt)
-            self._scheduler.advance(work.request_id, 1, prefill=True)
-        self._deliver(work.request_id, tokens, logprobs)
+            if work.last and not self._outputs[work.request_id].num_tokens:
+                self._counts["prompt_tokens"] += work.start + work.num_tokens
+            self._scheduler.record_prefill(work, tokens[0] if tokens else None)
+        if tokens:
+            self._deliver(work.request_id, tokens, logprobs)
 
     def _decode(self, work: Decode) -> None:
-        slots = {request_id: entry.slot for request_id, entry in self._scheduler.running.items()}
-        choices = self._runner.decode(
-            list(slots.values()), bucket=work.bucket, num_steps=work.num_steps, until_free=work.until_free
-        )
+        began_s = time.perf_counter()
+        choices = self._runner.decode(work)
+        took_s = time.perf_counter() - began_s
         chosen = {
-            request_id: read_row(choices, slot, self._outputs[request_id].stream.request.sampling.logprobs)
-            for request_id, slot in slots.items()
+            row.request_id: read_row(choices, at, self._outputs[row.request_id].stream.request.sampling.logprobs)
+            for at, row in enumerate(work.rows)
+            if row is not None
         }
+        num_steps = max(len(tokens) for tokens, _ in chosen.values())
         with self._wake:
-            self._counts["decode_steps"] += max(len(tokens) for tokens, _ in chosen.values())
+            self._counts["decode_steps"] += num_steps
+            self._counts["drafted"] += int(choices.drafted)
+            self._counts["accepted"] += int(choices.accepted)
             for request_id, (tokens, _) in chosen.items():
-                self._scheduler.advance(request_id, len(tokens))
+                self._scheduler.record_decode(request_id, tokens)
+            cells = sum(self._scheduler.running[request_id].cached for request_id in chosen) // len(chosen)
+            self._last = LastDecode(rows=len(chosen), cells=cells, step_s=took_s / num_steps)
         for request_id, (tokens, logprobs) in chosen.items():
             self._deliver(request_id, tokens, logprobs)
 
@@ -365,20 +374,27 @@ class Engine:
         """Free the request's slot or place in the queue, then tell whoever listens. The lock is held."""
         request_id = output.stream.request_id
         self._scheduler.remove(request_id)
+        self._runner.forget(request_id)
         self._cancelled.discard(request_id)
         del self._outputs[request_id]
         event = output.finish(reason, time.perf_counter(), error)
         for observer in self._observers:
             observer(event)
 
-    def _recover(self, work: Prefill | Decode, error: Exception) -> None:
-        """End the requests that a failed dispatch was for, and all that run when it took the donated state with it."""
+    def _recover(self, work: Work, error: Exception) -> None:
+        """End the requests that a failed dispatch was for, and all that it took keys and values from."""
         lost = self._runner.is_lost()
         with self._wake:
-            alone = [work.request_id] if isinstance(work, Prefill) and not lost else None
-            failed = alone or list(self._scheduler.running)
+            if lost:
+                failed = [*self._scheduler.running, *self._scheduler.saved]
+            elif isinstance(work, Decode):
+                failed = [row.request_id for row in work.rows if row is not None]
+            else:
+                failed = [work.request_id]
             for request_id in failed:
                 if request_id in self._outputs:
                     self._finish(self._outputs[request_id], Reason.ERROR, f"the engine failed: {error}")
+            if lost:
+                self._scheduler.forget_contents()
         if lost:
             self._runner.reset()

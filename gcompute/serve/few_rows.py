@@ -26,7 +26,7 @@ HIGH_HALF = np.uint32(0xFFFF0000)
 MOST_ROWS = 4
 
 # Leave sums over lanes to the compiler: the library that XLA would give them to takes the fused loop apart.
-COMPILER_OPTIONS = {
+COMPILER_OPTIONS: dict[str, str | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
     "xla_cpu_prefer_vector_width": "512",
 }

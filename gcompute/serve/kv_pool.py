@@ -180,6 +180,21 @@ def _place(cells: Array, new: Array, first_B: Array) -> Array:
     return jnp.where(((from_BC >= 0) & (from_BC < t))[:, None, :, *rest], new, cells)
 
 
+def in_order(cache: RowCache, layer: int) -> tuple[Array, Array]:
+    """One layer's keys and values with the new cells where they belong among the old: [B, K, S, H] in all.
+
+    Sums over these do not depend on where a dispatch began, at the price of a copy of all cells a step.
+    """
+    from_BS = jnp.arange(cache.length) - cache.start_B[:, None]
+    is_new_B1S1 = ((from_BS >= 0) & (from_BS < cache.num_new))[:, None, :, None]
+    at_B1S1 = jnp.clip(from_BS, 0, cache.num_new - 1)[:, None, :, None]
+
+    def merged(old: Array, new: Array) -> Array:
+        return jnp.where(is_new_B1S1, jnp.take_along_axis(new, at_B1S1, axis=2).astype(old.dtype), old)
+
+    return merged(cache.k[layer], cache.new_k[layer]), merged(cache.v[layer], cache.new_v[layer])
+
+
 def put_back(
     pool: KVPool,
     cache: RowCache,

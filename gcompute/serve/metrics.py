@@ -64,7 +64,11 @@ class _EngineCollector(Collector):
             "running": (stats.num_running, "requests in a slot"),
             "waiting": (stats.num_waiting, "requests in the queue"),
             "kv_cells": (stats.num_cells, "tokens that the key/value cache can hold"),
-            "kv_cells_used": (stats.num_cells_used, "tokens in the key/value cache"),
+            "kv_cells_used": (stats.num_cells_used, "tokens of running requests in the key/value cache"),
+            "kv_pages": (stats.num_pages, "pages of the key/value cache"),
+            "kv_pages_free": (stats.num_pages_free, "pages that hold nothing"),
+            "kv_pages_cached": (stats.num_pages_cached, "pages that no request holds and a prefix may find"),
+            "kv_pages_used": (stats.num_pages_used, "pages that running requests hold"),
             "programs": (stats.num_programs, "compiled programs"),
         }
         for name, (value, meaning) in gauges.items():
@@ -75,6 +79,10 @@ class _EngineCollector(Collector):
             "decode_steps": (stats.num_decode_steps, "decode steps run"),
             "prompt_tokens": (stats.num_prompt_tokens, "prompt tokens read"),
             "output_tokens": (stats.num_output_tokens, "tokens made"),
+            "prefix_hit_tokens": (stats.num_hit_tokens, "prompt tokens found in the prefix cache"),
+            "preemptions": (stats.num_preemptions, "times that a request gave way because pages ran out"),
+            "draft_tokens": (stats.num_drafted, "tokens proposed by speculation"),
+            "draft_tokens_accepted": (stats.num_accepted, "proposed tokens that were the model's own"),
         }
         for name, (value, meaning) in counters.items():
             yield CounterMetricFamily(f"gcompute_{name}", meaning, value=value)

@@ -1,301 +1,188 @@
-"""The device side of the engine: its state, the few programs that change it, and their compilation ahead of time.
+"""The programs of the engine, each compiled once for each of its few sizes.
 
-prefill[bucket] reads one prompt into one slot; decode[bucket] takes up to `num_steps` steps for all slots, attending to
-the first `bucket` cells of each. Whatever belongs to a request is data, so these and `init` are all the programs.
+admit tells a slot of its request. prefill[chunk, bucket] reads a chunk of one prompt. decode[rows, bucket] takes up to
+`num_steps` steps for some rows, attending to `bucket` cells of each; speculate[rows, bucket] does so with drafts (see
+`speculation`). swap_out[bucket] and swap_in[bucket] take pages to
+the host and back. Whatever belongs to a request is data, so these and `init` are all the programs.
 """
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from gcompute.config.model import ModelConfig
-from gcompute.model.kv_cache import KVCache, init_cache
-from gcompute.model.transformer import Execution, Params, forward, unstack
-from gcompute.serve.adjustments import NO_TOKEN, AdjustmentRows, adjust, is_end
+from gcompute.model.transformer import Params
+from gcompute.serve.adjustments import NO_TOKEN, adjust, is_end
 from gcompute.serve.choices import Choices
-from gcompute.serve.request import MAX_BIASES, MAX_STOP_TOKENS, Request, seed_words
-from gcompute.serve.sampler import SamplingRows, quiet, sample
-from gcompute.serve.scheduler import make_buckets
-
-MATMUL_WEIGHT = re.compile(r"(q|k|v|o|up|gate|down|head|embedding)_[A-Z]+")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineState:
-    """All that lives on the device between dispatches; B is the slots. A slot that is not active holds leftovers.
-
-    history: the token of each cell of the cache. length: cells in use. token: chosen last, not in the cache yet.
-    remaining: tokens still to choose. reported: log-probabilities are asked for.
-    """
-
-    cache: KVCache
-    history: Int[Array, "b s"]
-    length: Int[Array, "b"]
-    token: Int[Array, "b"]
-    active: Bool[Array, "b"]
-    remaining: Int[Array, "b"]
-    reported: Bool[Array, "b"]
-    adjustments: AdjustmentRows
-    rows: SamplingRows
+from gcompute.serve.decoder import forward
+from gcompute.serve.kv_pool import KVPool, RowCache
+from gcompute.serve.placement import one_row
+from gcompute.serve.sampler import quiet, sample
+from gcompute.serve.shares import gather, put_back
+from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Admission:
-    """One request on its way into a slot: its prompt, padded at the end to the bucket, and its settings."""
-
-    tokens: Int[Array, "1 t"]
-    num_tokens: Int[Array, ""]
-    slot: Int[Array, ""]
-    max_tokens: Int[Array, ""]
-    reported: Bool[Array, "1"]
-    adjustments: AdjustmentRows
-    rows: SamplingRows
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineShape:
-    """What fixes the shapes of every program."""
-
-    model: ModelConfig
-    execution: Execution
-    slots: int
-    max_context: int
-    decode_steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """The name of one compiled program."""
-
-    kind: str
-    bucket: int
-
-    def __str__(self) -> str:
-        return f"{self.kind}[{self.bucket}]"
-
-
-def list_programs(max_context: int) -> tuple[Program, ...]:
-    """Every program that the engine can run."""
-    buckets = make_buckets(max_context)
-    return (
-        Program("init", max_context),
-        *(Program("prefill", bucket) for bucket in buckets),
-        *(Program("decode", bucket) for bucket in buckets),
-    )
-
-
-def serving_params(params: Params, config: ModelConfig, compute: Any) -> Params:
-    """One dict of parameters a layer, with matmul weights in the compute dtype, so that no step converts them again."""
-
-    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-        return leaf.astype(compute) if MATMUL_WEIGHT.fullmatch(path[-1].key) else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, unstack(params, config))
-
-
-def empty_state(shape: EngineShape) -> EngineState:
-    """All slots free."""
-    b = shape.slots
-    return EngineState(
-        cache=init_cache(shape.model, batch=b, length=shape.max_context, dtype=shape.execution.compute),
-        history=jnp.zeros((b, shape.max_context), jnp.int32),
-        length=jnp.zeros(b, jnp.int32),
-        token=jnp.zeros(b, jnp.int32),
-        active=jnp.zeros(b, bool),
-        remaining=jnp.zeros(b, jnp.int32),
-        reported=jnp.zeros(b, bool),
-        adjustments=AdjustmentRows(
-            presence=jnp.zeros(b, jnp.float32),
-            frequency=jnp.zeros(b, jnp.float32),
-            repetition=jnp.ones(b, jnp.float32),
-            bias_ids=jnp.full((b, MAX_BIASES), NO_TOKEN, jnp.int32),
-            bias=jnp.zeros((b, MAX_BIASES), jnp.float32),
-            ends=jnp.full((b, 1 + MAX_STOP_TOKENS), NO_TOKEN, jnp.int32),
-            num_prompt=jnp.zeros(b, jnp.int32),
-            min_tokens=jnp.zeros(b, jnp.int32),
-        ),
-        rows=SamplingRows(
-            temperature=jnp.zeros(b, jnp.float32),
-            top_k=jnp.zeros(b, jnp.int32),
-            top_p=jnp.ones(b, jnp.float32),
-            min_p=jnp.zeros(b, jnp.float32),
-            seed=jnp.zeros((b, 2), jnp.uint32),
-        ),
-    )
-
-
-def admission(request: Request, *, slot: int, bucket: int, end: int, seed: int) -> Admission:
-    """The host's arrays for one request, ready for prefill[bucket]; making them compiles nothing.
-
-    end: the token that ends the output beside the request's own stop ids, or NO_TOKEN.
-    """
-
-    def host(values: Any, dtype: Any) -> Any:
-        return np.asarray(values, dtype)
-
-    def filled(values: Sequence[float], size: int, fill: int) -> list[list[float]]:
-        return [[*values, *[fill] * (size - len(values))]]
-
-    sampling, prompt = request.sampling, request.prompt
-    bias_ids, bias = [token for token, _ in sampling.logit_bias], [amount for _, amount in sampling.logit_bias]
-    return Admission(
-        tokens=host([prompt + (0,) * (bucket - len(prompt))], np.int32),
-        num_tokens=host(len(prompt), np.int32),
-        slot=host(slot, np.int32),
-        max_tokens=host(sampling.max_tokens, np.int32),
-        reported=host([sampling.logprobs is not None], bool),
-        adjustments=AdjustmentRows(
-            presence=host([sampling.presence_penalty], np.float32),
-            frequency=host([sampling.frequency_penalty], np.float32),
-            repetition=host([sampling.repetition_penalty], np.float32),
-            bias_ids=host(filled(bias_ids, MAX_BIASES, NO_TOKEN), np.int32),
-            bias=host(filled(bias, MAX_BIASES, 0), np.float32),
-            ends=host(filled([end, *sampling.stop_token_ids], 1 + MAX_STOP_TOKENS, NO_TOKEN), np.int32),
-            num_prompt=host([len(prompt)], np.int32),
-            min_tokens=host([sampling.min_tokens], np.int32),
-        ),
-        rows=SamplingRows(
-            temperature=host([sampling.temperature], np.float32),
-            top_k=host([sampling.top_k], np.int32),
-            top_p=host([sampling.top_p], np.float32),
-            min_p=host([sampling.min_p], np.float32),
-            seed=host([seed_words(seed)], np.uint32),
-        ),
-    )
+def admit(state: EngineState, slot: Int[Array, ""], row: Rows) -> EngineState:
+    """Put a request's row into its slot."""
+    return replace(state, rows=put_rows(state.rows, slot[None], row))
 
 
 def prefill(
-    params: Params, state: EngineState, new: Admission, *, model: ModelConfig, execution: Execution
+    weights: Weights,
+    state: EngineState,
+    slot: Int[Array, ""],
+    table_N: Int[Array, "n"],
+    start: Int[Array, ""],
+    num_tokens: Int[Array, ""],
+    last: Bool[Array, ""],
+    *,
+    shape: EngineShape,
+    chunk: int,
 ) -> tuple[EngineState, Choices]:
-    """Read a prompt into its slot and choose its first token.
+    """Read a chunk of a row's tokens into its pages and, if it is the last, choose the next token.
 
-    The padding's keys and values go into the slot too: each cell is written again before any query can see it.
+    The chunk is padded with what lies behind it; the padding's keys and values are not put back.
     """
-    bucket = new.tokens.shape[1]
-    logits_1V, small = forward(
-        params,
-        new.tokens,
-        config=model,
-        execution=execution,
-        positions_BT=jnp.arange(bucket, dtype=jnp.int32)[None],
-        cache=init_cache(model, batch=1, length=bucket, dtype=execution.compute),
-        logits_at_B=new.num_tokens[None] - 1,
-    )
-    position_1 = new.num_tokens[None]
-    adjusted_1V = adjust(logits_1V, new.adjustments, new.tokens, position_1, jnp.ones(1, bool))
-    token_1 = sample(adjusted_1V, new.rows, position_1)
-    choices = Choices.empty(1, 1, model.vocab).put(jnp.int32(0), token_1, logits_1V, new.reported)
-    token, ended = token_1[0], is_end(token_1, new.adjustments)[0]
+    slot_1, table_1N, execution = slot[None], table_N[None], one_row(shape.execution)
+    row = take_rows(state.rows, slot_1)
+    positions_1T = (start + jnp.arange(chunk, dtype=jnp.int32))[None]
+    tokens_1T = row.history.at[0, positions_1T].get(mode="fill", fill_value=0)
 
-    def insert(whole: Array, row: Array) -> Array:
-        return jax.lax.dynamic_update_slice(whole, row, (new.slot,) + (0,) * (whole.ndim - 1))
+    def read(params: Params, config: ModelConfig, pool: KVPool) -> tuple[Array, KVPool]:
+        logits_1V, cache = forward(
+            params,
+            tokens_1T,
+            config=config,
+            execution=execution,
+            positions_BT=positions_1T,
+            cache=gather(pool, table_1N, execution.compute, chunk, shares=1, placement=execution.placement),
+            logits_at_B=num_tokens[None] - 1,
+        )
+        return logits_1V, put_back(
+            pool, cache, tables_BN=table_1N, start_B=start[None], count_B=num_tokens[None], num_cells=chunk, shares=1
+        )
 
-    state = EngineState(
-        cache=jax.tree.map(insert, state.cache, small),
-        history=insert(state.history, new.tokens),
-        length=state.length.at[new.slot].set(new.num_tokens),
-        token=state.token.at[new.slot].set(token),
-        active=state.active.at[new.slot].set((new.max_tokens > 1) & ~ended),
-        remaining=state.remaining.at[new.slot].set(new.max_tokens - 1),
-        reported=insert(state.reported, new.reported),
-        adjustments=jax.tree.map(insert, state.adjustments, new.adjustments),
-        rows=jax.tree.map(insert, state.rows, new.rows),
+    logits_1V, pool = read(weights.model, shape.model, state.pool)
+    draft_pool = state.draft_pool
+    if shape.draft is not None:
+        assert weights.draft is not None
+        assert draft_pool is not None
+        _, draft_pool = read(weights.draft, shape.draft, draft_pool)
+    length_1 = (start + num_tokens)[None]
+    last_1 = last[None]
+    adjusted_1V = adjust(logits_1V, row.adjustments, row.history, length_1, last_1)
+    token_1 = sample(adjusted_1V, quiet(row.sampling, last_1), length_1)
+    zero_1 = jnp.zeros(1, jnp.int32)
+    choices = Choices.empty(1, 1, shape.model.vocab).put(
+        zero_1, zero_1, jnp.where(last_1, token_1, NO_TOKEN), logits_1V, row.reported & last_1
     )
-    return state, choices
+    row = replace(
+        row,
+        history=row.history.at[0, jnp.where(last_1, length_1, row.history.shape[1])].set(token_1, mode="drop"),
+        length=length_1,
+        active=last_1 & (row.remaining > 1) & ~is_end(token_1, row.adjustments),
+        remaining=row.remaining - last_1,
+    )
+    return EngineState(pool=pool, draft_pool=draft_pool, rows=put_rows(state.rows, slot_1, row)), choices
 
 
 def decode(
-    params: Params,
+    weights: Weights,
     state: EngineState,
-    running_B: Bool[Array, "b"],
+    slots_B: Int[Array, "b"],
+    tables_BN: Int[Array, "b n"],
     num_steps: Int[Array, ""],
     until_free: Bool[Array, ""],
     *,
-    model: ModelConfig,
-    execution: Execution,
-    bucket: int,
-    decode_steps: int,
+    shape: EngineShape,
 ) -> tuple[EngineState, Choices]:
-    """Up to `num_steps` tokens for each active row that the host still calls running; NO_TOKEN where none was chosen.
+    """Up to `num_steps` tokens for the active rows of some slots; NO_TOKEN where none was chosen.
 
-    A step writes the row's last token at position `length` and chooses the one at `length + 1`. The loop ends early
-    when no row is active, and with `until_free` as soon as one ends. The steps work on the first `bucket` cells, which
-    are copied out before the loop and back after it, and not once a step.
+    A step reads the row's last token, at position `length`, and chooses the one at `length + 1`. The loop ends early
+    when no row is active, and with `until_free` as soon as one ends. The steps work on a copy of the rows' pages, and
+    what they wrote is put back at the end.
     """
-    whole = (state.cache, state.history)
-    cache, history_BS = jax.tree.map(lambda leaf: leaf[:, :bucket], whole)
-    state = replace(state, cache=cache, history=history_BS, active=state.active & running_B)
-    first_active_B = state.active
-    # Leftovers of free slots ask for nothing.
-    rows = quiet(state.rows, first_active_B)
+    rows = take_rows(state.rows, slots_B)
+    execution, shares, steps = shape.execution, shape.limits.shares, shape.limits.decode_steps
+    cache = gather(state.pool, tables_BN, execution.compute, steps, shares=shares, placement=execution.placement)
+    bucket, first = cache.length, rows
 
-    def more(carry: tuple[Array, EngineState, Choices]) -> Array:
-        step, state, _ = carry
-        one_ended = jnp.any(first_active_B & ~state.active)
-        return (step < num_steps) & jnp.any(state.active) & ~(until_free & one_ended)
+    def more(carry: tuple[Array, Rows, RowCache, Choices]) -> Array:
+        step, rows, _, _ = carry
+        one_ended = jnp.any(first.active & ~rows.active)
+        return (step < num_steps) & jnp.any(rows.active) & ~(until_free & one_ended)
 
-    def take_step(carry: tuple[Array, EngineState, Choices]) -> tuple[Array, EngineState, Choices]:
-        step, state, choices = carry
+    def take_step(carry: tuple[Array, Rows, RowCache, Choices]) -> tuple[Array, Rows, RowCache, Choices]:
+        step, rows, cache, choices = carry
+        active_B = rows.active
         # A row that is not active may be longer than the bucket; it must only stay inside the model's positions.
-        at_B = jnp.minimum(state.length, bucket - 1)
+        at_B1 = jnp.minimum(rows.length, bucket - 1)[:, None]
         logits_BV, cache = forward(
-            params,
-            state.token[:, None],
-            config=model,
+            weights.model,
+            jnp.take_along_axis(rows.history, at_B1, axis=1),
+            config=shape.model,
             execution=execution,
-            positions_BT=at_B[:, None],
-            cache=state.cache,
-            logits_at_B=jnp.zeros_like(state.length),
-        )
-        active_B = state.active
-        history_BS = jax.vmap(lambda row_S, at, token: row_S.at[at].set(token))(state.history, at_B, state.token)
-        position_B = state.length + 1
-        token_B = sample(adjust(logits_BV, state.adjustments, history_BS, position_B, active_B), rows, position_B)
-        remaining_B = state.remaining - active_B
-        shown_B = jnp.where(active_B, token_B, NO_TOKEN)
-        choices = choices.put(step, shown_B, logits_BV, state.reported & active_B)
-        state = replace(
-            state,
+            positions_BT=at_B1,
             cache=cache,
-            history=history_BS,
-            length=state.length + active_B,
-            token=jnp.where(active_B, token_B, state.token),
-            active=active_B & ~is_end(token_B, state.adjustments) & (remaining_B > 0),
-            remaining=remaining_B,
+            logits_at_B=jnp.zeros_like(rows.length),
+            ordered=shape.limits.deterministic,
         )
-        return step + 1, state, choices
+        position_B = rows.length + 1
+        adjusted_BV = adjust(logits_BV, rows.adjustments, rows.history[:, :bucket], position_B, active_B)
+        token_B = sample(adjusted_BV, quiet(rows.sampling, active_B), position_B)
+        shown_B = jnp.where(active_B, token_B, NO_TOKEN)
+        which_B, at_B = jnp.arange(slots_B.shape[0]), jnp.full_like(position_B, step)
+        choices = choices.put(which_B, at_B, shown_B, logits_BV, rows.reported & active_B)
+        return step + 1, advance(rows, token_B[:, None], active_B.astype(jnp.int32)), cache, choices
 
-    choices = Choices.empty(running_B.shape[0], decode_steps, model.vocab)
-    _, state, choices = jax.lax.while_loop(more, take_step, (jnp.int32(0), state, choices))
+    choices = Choices.empty(slots_B.shape[0], steps, shape.model.vocab)
+    _, rows, cache, choices = jax.lax.while_loop(more, take_step, (jnp.int32(0), rows, cache, choices))
+    count_B = jnp.where(first.active, rows.length - first.length, 0)
+    pool = put_back(
+        state.pool,
+        cache,
+        tables_BN=tables_BN,
+        start_B=first.length,
+        count_B=count_B,
+        num_cells=steps,
+        shares=shares,
+    )
+    return replace(state, pool=pool, rows=put_rows(state.rows, slots_B, rows)), choices
 
-    def put_back(whole: Array, part: Array) -> Array:
-        return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
 
-    cache, history_BS = jax.tree.map(put_back, whole, (state.cache, state.history))
-    return replace(state, cache=cache, history=history_BS), choices
+def advance(rows: Rows, tokens_BT: Int[Array, "b t"], count_B: Int[Array, "b"]) -> Rows:
+    """The rows after the first `count` of their new tokens; the last of those may end a row, no other does."""
+    steps_1T = jnp.arange(tokens_BT.shape[1])[None]
+    new_BT = steps_1T < count_B[:, None]
+    at_BT = jnp.where(new_BT, rows.length[:, None] + 1 + steps_1T, rows.history.shape[1])
+    history_BS = jax.vmap(lambda row_S, at_T, tokens_T: row_S.at[at_T].set(tokens_T, mode="drop"))(
+        rows.history, at_BT, tokens_BT
+    )
+    last_B = jnp.take_along_axis(tokens_BT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
+    remaining_B = rows.remaining - count_B
+    ended_B = (count_B > 0) & (is_end(last_B, rows.adjustments) | (remaining_B <= 0))
+    return replace(
+        rows,
+        history=history_BS,
+        length=rows.length + count_B,
+        active=rows.active & ~ended_B,
+        remaining=remaining_B,
+    )
 
 
-def compile_program(program: Program, params: Params, shape: EngineShape) -> Callable[..., Any]:
-    """Compile one program for concrete or abstract `params`; the state that it takes is donated."""
-    state = jax.eval_shape(partial(empty_state, shape))
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    static = {"model": shape.model, "execution": shape.execution}
-    if program.kind == "init":
-        return jax.jit(partial(empty_state, shape)).lower().compile()
-    if program.kind == "prefill":
-        new = jax.eval_shape(
-            lambda: admission(Request(prompt=(0,)), slot=0, bucket=program.bucket, end=NO_TOKEN, seed=0)
-        )
-        return jax.jit(partial(prefill, **static), donate_argnums=1).lower(params, state, new).compile()
-    block = partial(decode, **static, bucket=program.bucket, decode_steps=shape.decode_steps)
-    running_B, flag = jax.ShapeDtypeStruct((shape.slots,), bool), jax.ShapeDtypeStruct((), bool)
-    return jax.jit(block, donate_argnums=1).lower(params, state, running_B, scalar, flag).compile()
+Saved = tuple[KVPool, KVPool | None]
+
+
+def swap_out(state: EngineState, table_N: Int[Array, "n"]) -> Saved:
+    """The contents of some pages."""
+    pools = (state.pool, state.draft_pool)
+    return jax.tree.map(lambda leaf: jnp.take(leaf, table_N, axis=0, mode="clip"), pools)
+
+
+def swap_in(state: EngineState, table_N: Int[Array, "n"], saved: Saved) -> EngineState:
+    """The pools with those contents in other pages."""
+    pools = (state.pool, state.draft_pool)
+    pool, draft_pool = jax.tree.map(lambda leaf, part: leaf.at[table_N].set(part), pools, saved)
+    return replace(state, pool=pool, draft_pool=draft_pool)

@@ -8,11 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from gcompute.config.model import ModelConfig
 from gcompute.model.transformer import Params
-from gcompute.serve import programs
 from gcompute.serve.choices import Choices
-from gcompute.serve.programs import EngineShape, EngineState, Program
-from gcompute.serve.request import Request
+from gcompute.serve.compilation import Program, compile_program
+from gcompute.serve.placement import weight_shardings
+from gcompute.serve.programs import Saved
+from gcompute.serve.state import EngineShape, EngineState, Rows, Weights
+from gcompute.serve.weights import serving_weights
+from gcompute.serve.work import Decode, Prefill, SwapIn, SwapOut
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -44,42 +48,95 @@ class CompilationCount:
 class Runner:
     """Compiles once, then dispatches. Not locked: one thread dispatches."""
 
-    def __init__(self, params: Params, shape: EngineShape):
+    def __init__(self, params: Params, shape: EngineShape, draft: Params | None = None):
         self.shape = shape
         self.compiled: dict[Program, Callable[..., Any]] = {}
         self.state: EngineState | None = None
         self.num_dispatches = 0
         self.compilations = CompilationCount()
-        prepare = partial(programs.serving_params, config=shape.model, compute=shape.execution.compute)
-        self._params = jax.jit(prepare)(params)
+
+        def prepare(params: Params, config: ModelConfig) -> Params:
+            lay_out = partial(
+                serving_weights,
+                config=config,
+                compute=shape.execution.compute,
+                layout=shape.layout,
+                int8=shape.int8,
+            )
+            shardings = None if shape.execution.placement is None else weight_shardings(shape, config)
+            return jax.jit(lay_out, out_shardings=shardings)(params)
+
+        self._weights = Weights(
+            model=prepare(params, shape.model),
+            draft=prepare(draft, shape.draft) if draft is not None and shape.draft is not None else None,
+        )
+        # Keys and values of preempted requests, on the host.
+        self._saved: dict[int, Saved] = {}
 
     def compile(self, program: Program) -> None:
         """Compile a program that is not compiled yet."""
         if program not in self.compiled:
-            self.compiled[program] = programs.compile_program(program, self._params, self.shape)
+            self.compiled[program] = compile_program(program, self._weights, self.shape)
 
     def reset(self) -> None:
-        """Free all slots."""
-        self.state = self.compiled[Program("init", self.shape.max_context)]()
+        """Free all slots and pages."""
+        self.state = self.compiled[Program("init")]()
+        self._saved.clear()
 
     def is_lost(self) -> bool:
         """Whether a failed dispatch took the donated state with it."""
         return any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
 
-    def prefill(self, request: Request, *, slot: int, bucket: int, end: int, seed: int) -> Choices:
-        """Read a prompt into a slot; one row of one token."""
-        new = programs.admission(request, slot=slot, bucket=bucket, end=end, seed=seed)
-        return self._dispatch(Program("prefill", bucket), new)
+    def admit(self, slot: int, row: Rows) -> None:
+        """Put a request's row into its slot."""
+        self.state = self.compiled[Program("admit")](self.state, np.int32(slot), row)
 
-    def decode(self, slots: list[int], *, bucket: int, num_steps: int, until_free: bool) -> Choices:
-        """Take up to `num_steps` steps for the requests in `slots`; a row for every slot."""
-        running_B = np.zeros(self.shape.slots, bool)
-        running_B[slots] = True
-        return self._dispatch(Program("decode", bucket), running_B, np.int32(num_steps), np.bool_(until_free))
+    def prefill(self, work: Prefill) -> Choices:
+        """Read a chunk; one row of one token, which is NO_TOKEN unless the chunk is the last."""
+        table = self._table(work.pages, work.bucket)
+        numbers = (np.int32(work.start), np.int32(work.num_tokens), np.bool_(work.last))
+        program = Program("prefill", (work.chunk, work.bucket))
+        return self._dispatch(program, np.int32(work.slot), table, *numbers)
+
+    def decode(self, work: Decode) -> Choices:
+        """Take up to `num_steps` steps; a row for each of the work's."""
+        limits = self.shape.limits
+        per_share = len(work.rows) // limits.shares
+        tables = np.stack(
+            [
+                self._table(row.pages if row else (), work.bucket, share=at // per_share)
+                for at, row in enumerate(work.rows)
+            ]
+        )
+        slots = np.array([row.slot if row else limits.slots for row in work.rows], np.int32)
+        program = Program("speculate" if work.speculate else "decode", (len(work.rows), work.bucket))
+        return self._dispatch(program, slots, tables, np.int32(work.num_steps), np.bool_(work.until_free))
+
+    def swap_out(self, work: SwapOut) -> None:
+        """Keep a request's keys and values on the host."""
+        saved = self.compiled[Program("swap_out", (work.bucket,))](self.state, self._table(work.pages, work.bucket))
+        self._saved[work.request_id] = jax.device_get(saved)
+
+    def swap_in(self, work: SwapIn) -> None:
+        """Put them into new pages."""
+        program = self.compiled[Program("swap_in", (work.bucket,))]
+        self.state = program(self.state, self._table(work.pages, work.bucket), self._saved.pop(work.request_id))
+
+    def forget(self, request_id: int) -> None:
+        """Let go of what is kept of a request that ended."""
+        self._saved.pop(request_id, None)
+
+    def _table(self, pages: tuple[int, ...], bucket: int, *, share: int = 0) -> np.ndarray:
+        """The pages of one row, [bucket / page]; those that it lacks are its share's garbage page."""
+        limits = self.shape.limits
+        table = np.full(bucket // limits.page, limits.garbage_pages[share], np.int32)
+        held = pages[: len(table)]
+        table[: len(held)] = held
+        return table
 
     def _dispatch(self, program: Program, *arguments: Any) -> Choices:
         """Run one program on the state and wait for what it chose."""
-        state, choices = self.compiled[program](self._params, self.state, *arguments)
+        state, choices = self.compiled[program](self._weights, self.state, *arguments)
         jax.block_until_ready(choices)
         self.state = state
         self.num_dispatches += 1

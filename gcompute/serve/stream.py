@@ -241,8 +241,9 @@ class Output:
         self._first_token_s: float | None = None
 
     def admit(self, now_s: float) -> None:
-        """Note that the request has its slot."""
-        self._admitted_s = now_s
+        """Note that the request has its slot, which counts the first time alone."""
+        if self._admitted_s is None:
+            self._admitted_s = now_s
 
     def push(self, tokens: Sequence[int], now_s: float, logprobs: Sequence[TokenLogprobs] = ()) -> Reason | None:
         """Put out `tokens` up to the one that ends the request; return why it ended, or None."""

@@ -110,7 +110,7 @@ def test_the_loop_of_decode_has_a_padded_cache_where_heads_do_not_fill_the_lanes
 
 @pytest.mark.parametrize(("prompt", "room", "bucket"), [(1, 4096, 16), (17, 4096, 32), (2048, 4096, 2048), (9, 9, 9)])
 def test_buckets_are_those_of_the_engine(prompt: int, room: int, bucket: int):
-    from gcompute.serve.scheduler import make_buckets
+    from gcompute.serve.buckets import make_buckets
 
     assert bucket_of(prompt, room) == bucket == next(size for size in make_buckets(room) if size >= prompt)
 

@@ -1,6 +1,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ from gcompute.config.serve import ServeConfig
 from gcompute.model.tokenizer import Tokenizer
 from gcompute.model.transformer import Params, init
 from gcompute.serve.engine import Engine
+from gcompute.serve.state import EngineShape
 
 CONFIG = ModelConfig(vocab=257, layers=2, dim=32, heads=4, kv_heads=2, ffn=64, context=64)
 SERVE = ServeConfig(slots=3, max_queue=4, decode_steps=4, precision="float32", port=0)
@@ -37,11 +39,34 @@ def engine(params, tokenizer) -> Iterator[Engine]:
         yield engine
 
 
+@pytest.fixture(scope="session")
+def make_engine(params, tokenizer) -> Iterator[Callable[[ServeConfig], Engine]]:
+    """Engines of CONFIG, not started; those whose programs are the same compile them once."""
+    made: list[Engine] = []
+
+    def programs_of(engine: Engine) -> EngineShape:
+        shape = engine._runner.shape
+        # What only the scheduler heeds.
+        limits = replace(shape.limits, max_queue=1, token_budget=1, prefix_cache=True, swap=True)
+        return replace(shape, limits=limits)
+
+    def make(serve: ServeConfig) -> Engine:
+        engine = Engine(params, CONFIG, tokenizer, serve)
+        for other in made:
+            if programs_of(other) == programs_of(engine):
+                engine._runner.compiled.update(other._runner.compiled)
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        engine.close(finish=False)
+
+
 @pytest.fixture
-def small_engine(params, tokenizer) -> Engine:
+def small_engine(make_engine) -> Engine:
     """Not started, of one bucket, so that it is ready soon."""
-    serve = ServeConfig(slots=2, max_queue=8, max_context=16, decode_steps=2, precision="float32", port=0)
-    return Engine(params, CONFIG, tokenizer, serve)
+    return make_engine(ServeConfig(slots=2, max_queue=8, max_context=16, decode_steps=2, precision="float32", port=0))
 
 
 class Gate:

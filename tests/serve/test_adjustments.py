@@ -9,8 +9,8 @@ import pytest
 
 from gcompute.model.transformer import Execution, forward
 from gcompute.serve.adjustments import NO_TOKEN, AdjustmentRows, adjust
-from gcompute.serve.programs import admission
-from gcompute.serve.request import Request, Sampling
+from gcompute.serve.request import Sampling
+from gcompute.serve.state import new_row
 from gcompute.serve.stream import Reason
 
 V = 257
@@ -206,7 +206,7 @@ def test_adjusted_logits_equal_the_reference_row_by_row():
     prompts = [tuple(rng.integers(0, V, 5).tolist()) for _ in kinds]
     outputs = [rng.integers(0, V, 40).tolist() for _ in kinds]
     admitted = [
-        admission(Request(prompt=prompt, sampling=own), slot=0, bucket=16, end=256, seed=0).adjustments
+        new_row(own, prompt, num_prompt=len(prompt), num_cells=16, length=0, end=256, seed=0).adjustments
         for prompt, own in zip(prompts, kinds, strict=True)
     ]
     rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *admitted)

@@ -12,10 +12,13 @@ from gcompute.config.presets import PRESETS
 from gcompute.config.serve import ServeConfig
 from gcompute.model.tokenizer import StreamDecoder
 from gcompute.model.transformer import Execution, forward, init
+from gcompute.serve.assembly import engine_shape
+from gcompute.serve.compilation import compile_program, list_programs
 from gcompute.serve.engine import Engine, Status
-from gcompute.serve.programs import EngineShape, compile_program, list_programs, serving_params
 from gcompute.serve.request import NotReady, QueueFull, Request, RequestError, Sampling
+from gcompute.serve.state import Weights
 from gcompute.serve.stream import Reason
+from gcompute.serve.weights import Layout, serving_weights
 
 GREEDY = Sampling(max_tokens=20, temperature=0, ignore_eos=True)
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -114,24 +117,28 @@ def test_nothing_compiles_after_warmup(engine):
     assert events, "the listener must hear a compilation for the silence above to mean anything"
     assert engine.stats().num_programs == len(engine.programs())
     assert [str(program) for program in engine.programs()] == [
-        "init[64]",
-        *("prefill[16]", "prefill[32]", "prefill[64]"),
-        *("decode[16]", "decode[32]", "decode[64]"),
+        *("init", "admit"),
+        *("prefill[16,16]", "prefill[16,64]", "prefill[32,32]", "prefill[32,64]", "prefill[64,64]"),
+        *(f"decode[{rows},{cells}]" for rows in (1, 3) for cells in (16, 32, 64)),
     ]
 
 
 def test_the_state_is_donated_and_stays_in_place(params, config):
-    shape = EngineShape(model=config, execution=Execution(compute=jnp.float32), slots=2, max_context=16, decode_steps=2)
-    ready = jax.jit(partial(serving_params, config=config, compute=jnp.float32))(params)
-    for program in list_programs(16)[1:]:
+    serve = ServeConfig(slots=2, max_context=16, decode_steps=2, precision="float32", preemption="swap")
+    shape = engine_shape(config, serve)
+    lay_out = partial(serving_weights, config=config, compute=jnp.float32, layout=Layout.FUSED)
+    ready = Weights(model=jax.jit(lay_out)(params))
+    for program in list_programs(shape.limits):
+        if program.kind in ("init", "swap_out"):
+            continue
         text = compile_program(program, ready, shape).as_text()
         aliased = text.split("input_output_alias={", 1)[1].split("entry_computation_layout", 1)[0]
-        num_leaves = 2 * config.layers + 6 + 8 + 5
+        num_leaves = 2 * config.layers + 5 + 8 + 5
         assert aliased.count("may-alias") + aliased.count("must-alias") == num_leaves, str(program)
 
 
 def test_weights_are_cast_once_and_norms_stay_float32(params, config):
-    ready = serving_params(params, config, jnp.bfloat16)
+    ready = serving_weights(params, config, compute=jnp.bfloat16, layout=Layout.PLAIN)
     block = ready["blocks"][1]
     assert block["attention"]["q_DNH"].dtype == block["mlp"]["down_FD"].dtype == jnp.bfloat16
     assert ready["embedding_VD"].dtype == jnp.bfloat16
@@ -224,7 +231,8 @@ def test_closing_finishes_what_was_accepted_and_takes_no_more(small_engine, para
         small_engine.submit(Request(prompt=(1,), sampling=greedy))
     small_engine.start(lambda done, total, name: heard.append((done, total, name)))
     small_engine.wait_ready()
-    assert heard == [(0, 3, "init[16]"), (1, 3, "prefill[16]"), (2, 3, "decode[16]"), (3, 3, "ready")]
+    names = ["init", "admit", "prefill[16,16]", "decode[1,16]", "decode[2,16]", "ready"]
+    assert heard == [(done, 5, name) for done, name in enumerate(names)]
     streams = small_engine.submit_all([Request(prompt=(i,), sampling=greedy) for i in range(5)])
     small_engine.close()
     assert [stream.result().ids for stream in streams] == [solo_greedy(params, config, (i,), 10) for i in range(5)]
