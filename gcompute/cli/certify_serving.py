@@ -78,7 +78,9 @@ def command(
     started, proofs = time.perf_counter(), []
     for number, (name, params, config, tokenizer) in enumerate(subjects):
         longest = min(max_context or min(config.context, 256), config.context)
-        own = ServeConfig(precision=precision, slots=slots, max_context=longest)
+        # Prompts of several chunks: only whole ones are found again in the deterministic mode.
+        chunk = max(serve.page, longest // 4 // serve.page * serve.page)
+        own = ServeConfig(precision=precision, slots=slots, max_context=longest, chunk=chunk)
         subject = Subject(name=name, params=params, config=config, tokenizer=tokenizer, serve=own)
         num = requests * (number + 1) // len(subjects) - requests * number // len(subjects)
         prove = prove_deterministic if deterministic else prove_default
