@@ -58,14 +58,12 @@ def command(
     use_compilation_cache()
     from rich.console import Console
 
-    from gcompute.certify.serving.certificate import Subject, deterministic_config, prove_default, prove_deterministic
+    from gcompute.certify.serving.certificate import Subject, prove_default, prove_deterministic
     from gcompute.certify.serving.models import FORMS, small_params
     from gcompute.cli.progress import WorkProgress
 
     console = Console(stderr=True)
     serve = ServeConfig(precision=precision, slots=slots)
-    if deterministic:
-        deterministic_config(serve)
     subjects = []
     if checkpoint is None:
         for name, config in FORMS.items():

@@ -1,7 +1,7 @@
 """The whole proof for one model: random traffic through the engine, and every token against the reference."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gcompute.certify.serving.drive import Progress, drive
@@ -81,7 +81,7 @@ def prove_deterministic(
     """Serve `num` random requests in every way: each bit the same, and the first way's tokens the reference's."""
     arrivals = watched(subject.traffic(num, seed))
     if ways is None:
-        ways, serve = deterministic_ways(subject.max_context), deterministic_config(subject.serve)
+        ways, serve = deterministic_ways(subject.max_context), replace(subject.serve, deterministic=True)
     else:
         serve = subject.serve
     served = {"params": subject.params, "config": subject.config, "tokenizer": subject.tokenizer}
@@ -95,18 +95,6 @@ def prove_deterministic(
     if cost:
         told["cost"] = measure_cost(arrivals[:COST_REQUESTS], **served, serve=serve, cheap=subject.serve)
     return told
-
-
-def deterministic_config(serve: ServeConfig) -> ServeConfig:
-    """The same in the deterministic mode.
-
-    Raises:
-      ValueError: this version has none.
-    """
-    changes: dict[str, Any] = {"deterministic": True}
-    if changes.keys() - {item.name for item in fields(serve)}:
-        raise ValueError("this version of the engine has no deterministic mode. Leave --deterministic out.")
-    return replace(serve, **changes)
 
 
 def check(subject: Subject, arrivals: Sequence[Arrival], answers: Sequence[Completion]) -> tuple[Findings, Rounding]:
