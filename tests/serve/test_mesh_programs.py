@@ -20,8 +20,10 @@ from gcompute.serve.lowered import lower_serve
 from gcompute.serve.request import Sampling
 from gcompute.serve.work import Decode, Work
 
-# One bucket and one chunk, so that engines have few programs; pages that are far more than what a dispatch reads.
-CONTEXT, CHUNK, PAGE, POOL = 16, 8, 4, 2048
+# One bucket, drafts within it, and one chunk, so that engines have few programs.
+CONTEXT, DRAFTS, CHUNK, PAGE = 14, 2, 8, 4
+# Tokens of all pages: far more than what a dispatch reads.
+POOL = 2048
 SERVE = ServeConfig(
     slots=1,
     max_context=CONTEXT,
@@ -29,16 +31,16 @@ SERVE = ServeConfig(
     page=PAGE,
     kv_tokens=POOL,
     decode_steps=3,
-    draft_tokens=2,
+    draft_tokens=DRAFTS,
     precision="float32",
 )
-DENSE = ModelConfig(vocab=32, layers=2, dim=16, heads=8, kv_heads=4, ffn=32, context=CONTEXT + 2, tied=False)
+DENSE = ModelConfig(vocab=32, layers=2, dim=16, heads=8, kv_heads=4, ffn=32, context=CONTEXT + DRAFTS, tied=False)
 GPT2 = ModelConfig(
     vocab=32,
     layers=2,
     dim=16,
     heads=4,
-    context=CONTEXT,
+    context=CONTEXT + DRAFTS,
     norm="layernorm",
     positions="learned",
     activation="gelu_tanh",
@@ -53,21 +55,21 @@ MODELS = {
     "experts with places": dataclasses.replace(DENSE, experts=4, ffn=16, capacity_factor=4.0),
 }
 CASES = [
-    ("dense", "tensor=2,data=2", {}),
-    ("dense", "tensor=4", {"speculate": "ngram"}),
     # Two devices share each key/value head.
     ("dense", "tensor=8", {}),
-    ("dense", "data=2,fsdp=2,tensor=2", {"kv": "int8"}),
-    ("gpt2", "tensor=4,data=2", {}),
+    ("dense", "data=2,fsdp=2,tensor=2", {"speculate": "ngram"}),
+    ("gpt2", "tensor=4,data=2", {"kv": "int8"}),
     ("experts", "expert=2", {}),
 ]
 SLOW_CASES = [
-    ("dense", "tensor=4", {}),
+    ("dense", "tensor=2,data=2", {}),
+    ("dense", "tensor=4", {"slots": 2}),
     ("dense", "data=4", {}),
     ("dense", "data=2,fsdp=2,tensor=2", {}),
-    ("dense", "tensor=2,data=2", {"speculate": "ngram"}),
+    ("dense", "tensor=8", {"speculate": "ngram"}),
     ("dense", "tensor=8", {"kv": "int8"}),
     ("dense", "tensor=2,data=2", {"deterministic": True}),
+    ("gpt2", "tensor=4,data=2", {}),
     ("qk norm", "tensor=2", {}),
     ("experts", "data=2,expert=2,tensor=2", {}),
     ("experts with places", "expert=4,data=2", {}),
@@ -94,10 +96,9 @@ def settings(prompts: Sequence[Sequence[int]]) -> list[Sampling]:
 @cache
 def params_of(name: str) -> Params:
     # Larger than the usual initial values, so that choices are far from ties.
-    return jax.tree.map(
-        lambda leaf: 4 * leaf if leaf.ndim > 1 else leaf,
-        init(MODELS[name], jax.random.key(0)),
-    )
+    params = jax.tree.map(lambda leaf: 4 * leaf if leaf.ndim > 1 else leaf, init(MODELS[name], jax.random.key(0)))
+    # As a checkpoint's are: bound to one device.
+    return jax.device_put(params, jax.devices()[0])
 
 
 def complete(engine: Engine) -> list[tuple[int, ...]]:
@@ -171,14 +172,15 @@ def test_a_mesh_serves_what_one_device_does(name: str, mesh: str, changes: dict,
     assert stats.num_hit_tokens >= CHUNK
     assert (stats.num_accepted > 0) == ("speculate" in changes)
     decodes = [work for work in done if isinstance(work, Decode)]
-    assert max(sum(row is not None for row in work.rows) for work in decodes) == shape.data * shape.fsdp
+    # All shares decode at once.
+    assert max(sum(row is not None for row in work.rows) for work in decodes) >= shape.data * shape.fsdp
     check_pages_are_split(engine)
     check_no_pages_move(engine)
 
 
 def test_those_that_give_way_go_on_exactly(checked_books):
     """Each share has pages of one request and one more, and two slots; both ways to give way, with one compilation."""
-    tight = {"slots": 4, "kv_tokens": 2 * (CONTEXT + PAGE)}
+    tight = {"slots": 4, "kv_tokens": 2 * (16 + PAGE)}
     swapping = make_engine("dense", "tensor=2,data=2", preemption="swap", **tight)
     tokens, done = run(swapping, checked_books)
     assert tokens == on_one_device("dense")
@@ -194,6 +196,7 @@ def test_those_that_give_way_go_on_exactly(checked_books):
     tokens, done = run(recomputing, checked_books)
     assert tokens == on_one_device("dense")
     assert recomputing.stats().num_preemptions >= 2
+    assert recomputing.stats().num_hit_tokens >= CHUNK
     assert "SwapOut" not in [type(work).__name__ for work in done]
 
 
@@ -213,9 +216,9 @@ def test_those_that_give_way_go_on_exactly(checked_books):
 )
 def test_rows_of_a_long_context_stay_where_they_are(program: str, mesh: str):
     """No collective is as large as what a device holds of a layer's keys, and the state takes its own place."""
-    # Long enough that keys are larger than logits and activations.
+    # Large enough that keys are larger than logits, activations and the text of all rows.
     context, slots = 512, 4
-    config = dataclasses.replace(DENSE, context=context)
+    config = dataclasses.replace(DENSE, context=context, head_dim=8)
     shape = MeshShape.parse(mesh)
     built = build_mesh(shape)
     lowered = lower_serve(
@@ -240,7 +243,7 @@ def test_rows_of_a_long_context_stay_where_they_are(program: str, mesh: str):
         ({"vocab": 33}, "mesh tensor=2 does not divide vocab=33. Legal: tensor=1."),
         ({"mesh": "data=16", "slots": 16}, "mesh data=16 needs 16 devices and there are 8"),
         (
-            {"kv_tokens": 2 * CONTEXT - 1},
+            {"kv_tokens": 31},
             "kv_tokens=31 cannot hold one request of max_context=16 in each of 2 shares. Use at least 32",
         ),
     ],
