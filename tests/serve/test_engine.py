@@ -233,7 +233,7 @@ def test_closing_without_finishing_cancels(small_engine, before_each, wait_until
         assert leave.wait(30)
 
     with before_each(small_engine, "decode", hold):
-        streams = small_engine.submit_all([Request(prompt=(1,), sampling=Sampling(max_tokens=12))] * 4)
+        streams = small_engine.submit_all([Request(prompt=(1,), sampling=Sampling(max_tokens=12, ignore_eos=True))] * 4)
         assert reached.wait(30)
         closing = threading.Thread(target=small_engine.close, kwargs={"finish": False})
         closing.start()
