@@ -107,7 +107,8 @@ class Scheduler:
         """Assert that every slot and page is free or held by who says so."""
         for blocks in self.blocks:
             blocks.check()
-        held = [seq.slot for seq in self._running.values()]
+        held = [seq.slot for seq in self._running.values() if seq.slot is not None]
+        assert len(held) == len(self._running)
         assert sorted([*(slot for free in self._free for slot in free), *held]) == list(range(self.limits.slots))
         assert all(not seq.pages and seq.slot is None for seq in self._waiting)
         for share, blocks in enumerate(self.blocks):
