@@ -20,7 +20,8 @@ LAYERS = (
 )
 STRANGERS = {"train", "serve"}
 JAX_FREE_LAYERS = {"hardware", "config", "plan", "exam"}
-JAX_FREE_MODULES = {f"serve/{name}.py" for name in ("blocks", "buckets", "limits", "request", "scheduler", "work")}
+NO_ARRAYS = ("blocks", "buckets", "limits", "position", "request", "scheduler", "watch", "work")
+JAX_FREE_MODULES = {f"serve/{name}.py" for name in NO_ARRAYS}
 JAX_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 AXIS_LAYERS = {"plan", "parallel", "model", "train", "serve"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}

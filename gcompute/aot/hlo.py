@@ -5,6 +5,7 @@ device, without the padding of layouts.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -133,6 +134,17 @@ def count_collectives(compiled: Any) -> dict[str, int]:
       ValueError: a text that is not one of a compiled program.
     """
     return dict(Counter(collective.kind for collective in read_collectives(compiled)))
+
+
+def count_kernels(text: str) -> dict[str, int]:
+    """How many calls of each TPU kernel (Pallas) a program's text holds, each once however often it runs.
+
+    Raises:
+      ValueError: this is not the text of a compiled program.
+    """
+    reached = (one for program in parse_programs(text) for _, one, _ in program.reached)
+    calls = (one.name for one in reached if 'custom_call_target="tpu_custom_call"' in one.attributes)
+    return dict(Counter(re.sub(r"(\.\d+)+$", "", name) for name in calls))
 
 
 def read_collectives(

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from gcompute.aot.target import INSTALL, check_installed, compile_target
 from gcompute.certify.strategies import STRATEGIES
+from gcompute.cli import certify_serving
 from gcompute.cli.environment import quiet_backends
 from gcompute.cli.flags import SectionedCommand
 from gcompute.cli.worker import start_worker
@@ -30,17 +32,29 @@ WIDTH = 140
 FAST_COMPILES = "--xla_backend_optimization_level=0"
 
 
-class CertifyCommand(SectionedCommand):
+class CertifyCommand(SectionedCommand, click.Group):
+    """The certificate of parallelism by itself, and the proofs of other things by their names."""
+
     examples = (
         "gcompute certify",
         "gcompute certify --strategy tensor",
         "gcompute certify --quick --json",
         "gcompute certify --html certificate.html",
         "gcompute certify --strategy fsdp --on v5e:2x4",
+        *certify_serving.ServingCommand.examples,
     )
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        SectionedCommand.format_options(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
 
-@click.command(cls=CertifyCommand)
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.commands:
+            raise click.UsageError(f"certify {cmd_name!r} is not known. {nearest(cmd_name, self.commands)}")
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=CertifyCommand, invoke_without_command=True)
 @click.option("--strategy", help=f"Rows of one strategy: {', '.join(STRATEGIES)}.  [all]")
 @click.option("--devices", type=click.IntRange(1), default=8, help="Fake CPU devices to run on.  [8]")
 @click.option("--quick", is_flag=True, help="One row of each strategy, in seconds.")
@@ -51,8 +65,15 @@ class CertifyCommand(SectionedCommand):
 @click.option(
     "--html", "html_path", type=click.Path(path_type=Path), help="Write one self-contained page to this file."
 )
+@click.pass_context
 def command(
-    strategy: str | None, devices: int, quick: bool, target_text: str | None, as_json: bool, html_path: Path | None
+    ctx: click.Context,
+    strategy: str | None,
+    devices: int,
+    quick: bool,
+    target_text: str | None,
+    as_json: bool,
+    html_path: Path | None,
 ) -> None:
     """Train and run every strategy on fake devices and compare with one device, number by number.
 
@@ -62,6 +83,11 @@ def command(
 
     Exit status 0: all rows are green; 1: one is red; 2: what was asked does not go together.
     """
+    if ctx.invoked_subcommand is not None:
+        mine = [name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
+        if mine:
+            raise click.UsageError(f"{ctx.invoked_subcommand} takes its own options: give them after its name.")
+        return
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is not known. {nearest(strategy, STRATEGIES)}")
     if html_path is not None and not html_path.absolute().parent.is_dir():
@@ -105,6 +131,9 @@ def command(
         _show(result)
     if result["counts"]["differs"]:
         raise SystemExit(RED)
+
+
+command.add_command(certify_serving.command)
 
 
 def _fake_devices(devices: int) -> None:

@@ -37,7 +37,12 @@ MEMORY_ROWS = {
     "code_bytes": "program",
 }
 SERVE_PROGRAMS = ("prefill", "decode")
-NOT_OF_A_SERVING_PROGRAM = {"host", "port", "max_queue", "max_context"}
+# With keys and values in pages, by what computes attention over them.
+PAGED_PROGRAMS = {"xla": ("mixed", "decode"), "ragged": ("mixed", "decode"), "paged": ("decode",)}
+MIXED_TOKENS = 512
+ONE_PASS = {"prefill": "one prefill", "mixed": "one mixed step", "decode": "one decode step"}
+OF_A_SERVING_PROGRAM = {"slots", "decode_steps", "page", "precision"}
+NOT_OF_A_SERVING_PROGRAM = {field.name for field in dataclasses.fields(ServeConfig)} - OF_A_SERVING_PROGRAM
 SERVE_MEMORY_ROWS = {
     **MEMORY_ROWS,
     "arguments_bytes": "arguments: parameters, key/value cache",
@@ -57,6 +62,7 @@ class CompileTrainCommand(SectionedCommand):
 class CompileServeCommand(SectionedCommand):
     examples = (
         "gcompute compile serve llama3-8b --on v5e:2x4 --mesh tensor=8 --slots 16 --context 4096 --prompt 2048",
+        "gcompute compile serve llama3-8b --on v5e:2x2 --attention ragged --slots 32 --context 4096 --tokens 512",
         "gcompute compile serve mixtral-8x7b --on v5p:2x2x2 --mesh expert=8 --program decode --json",
     )
 
@@ -109,9 +115,11 @@ def train(
 @click.argument("model")
 @click.option("--on", "target_text", required=True, help=f"v5e:2x4, h100:8, cpu:8.  Needs: {NEEDS}")
 @click.option("--mesh", type=MeshType(), help="data=2,tensor=4; data and fsdp split the slots.  [tensor=all devices]")
-@click.option("--program", type=click.Choice(SERVE_PROGRAMS), help="One of the two alone.  [both]")
+@click.option("--attention", type=click.Choice(tuple(PAGED_PROGRAMS)), help="Keys and values in pages, attended to so.")
+@click.option("--program", type=click.Choice((*SERVE_PROGRAMS, "mixed")), help="One alone; mixed needs --attention.")
 @click.option("--context", type=click.IntRange(min=1), help="Cells of the cache of a slot.  [the model's context]")
 @click.option("--prompt", type=click.IntRange(min=1), help="Tokens that the prefill has room for.  [half the context]")
+@click.option("--tokens", type=click.IntRange(min=1), help=f"Tokens of a mixed step, all rows'.  [{MIXED_TOKENS}]")
 @click.option("--hlo", type=click.Path(path_type=Path), help="Write the text of the one --program to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @config_options(ServeConfig, "Serving", NOT_OF_A_SERVING_PROGRAM)
@@ -123,14 +131,18 @@ def serve(
     model: str,
     target_text: str,
     mesh: MeshShape | None,
+    attention: str | None,
     program: str | None,
     context: int | None,
     prompt: int | None,
+    tokens: int | None,
     hlo: Path | None,
     as_json: bool,
     **values: Any,
 ) -> None:
     """Compile the engine's own prefill and decode of MODEL (a preset, or a .json or .toml file) for a target.
+
+    With --attention, keys and values lie in pages, and a mixed step of prompts and decoding replaces the prefill.
 
     Exit status 0: both fit; 1: one does not; 2: what was asked does not go together.
     """
@@ -141,18 +153,29 @@ def serve(
     served = ServeConfig(**given(ServeConfig, values))
     check_installed(target)
     _check_file(hlo)
-    if hlo is not None and program is None:
-        raise ValueError("--hlo is for one program: give --program prefill or --program decode too.")
+    programs = SERVE_PROGRAMS if attention is None else PAGED_PROGRAMS[attention]
+    if program is not None and program not in programs:
+        raise ValueError(
+            f"--program {program} is none of {', '.join(programs)}, which there are with --attention"
+            f" {attention or 'left out'}."
+        )
+    if hlo is not None and program is None and len(programs) > 1:
+        raise ValueError(f"--hlo is for one program: give --program {' or --program '.join(programs)} too.")
+    if tokens is not None and attention is None:
+        raise ValueError("--tokens is of a mixed step: give --attention ragged or --attention xla too.")
     asked = {
         "mesh": str(mesh),
         "slots": served.slots,
         "context": context,
+        "attention": attention,
+        "tokens": tokens or max(MIXED_TOKENS, served.slots),
         "prompt": prompt or -(-context // 2),
         "precision": served.precision,
         "decode_steps": served.decode_steps,
+        "page": served.page,
     }
     request = {**asked, "kind": "serve", "target": str(target), "model": dataclasses.asdict(config)}
-    request |= {"programs": [program] if program else SERVE_PROGRAMS, "hlo": str(hlo.absolute()) if hlo else None}
+    request |= {"programs": [program] if program else programs, "hlo": str(hlo.absolute()) if hlo else None}
     answer = compile_elsewhere(request, target)
     if as_json:
         print(json.dumps({"model": model, "target": str(target), **asked, **answer}))
@@ -269,14 +292,20 @@ def _show_serving(model: str, asked: dict[str, Any], reports: dict[str, dict[str
     for program, report in reports.items():
         console.print(
             f"{model}: {program} on {report['target']} ({report['num_devices']:,} devices), mesh {asked['mesh']},"
-            f" {asked['slots']} slots of {asked['context']}, {asked['precision']}"
-            f"{', prompt ' + str(asked['prompt']) if program == 'prefill' else ''};"
+            f" {asked['slots']} slots of {asked['context']}, {asked['precision']}{_details(program, asked)};"
             f" compiled in {duration(report['compile_s'])}",
             soft_wrap=True,
         )
-        show_report(report, console, SERVE_MEMORY_ROWS, "one decode step" if program == "decode" else "one prefill")
+        show_report(report, console, SERVE_MEMORY_ROWS, ONE_PASS[program])
+        for kernel, number in (report.get("kernels") or {}).items():
+            console.print(f"kernel {kernel}: {number} calls")
         said = fits_or_not(report, "fewer --slots; a shorter --context; --mesh with more tensor; more chips")
         console.print(f"{program} {said}", style="green" if report["fits"] else "red", soft_wrap=True)
+
+
+def _details(program: str, asked: dict[str, Any]) -> str:
+    size = {"prefill": f", prompt {asked['prompt']}", "mixed": f", {asked['tokens']} tokens"}.get(program, "")
+    return size + (f", {asked['attention']} attention over pages" if asked["attention"] else "")
 
 
 def show_report(report: dict[str, Any], console: Any, rows: dict[str, str], of: str) -> None:

@@ -72,30 +72,31 @@ def compile_serve(request: dict[str, Any], tell: Any) -> dict[str, Any]:
     """Lower and compile the engine's programs that `request["programs"]` names, for `request["target"]`."""
     target = Target.parse(request["target"])
     model = model_from_dict(request["model"], source="the request")
+    from gcompute.aot.hlo import count_kernels
     from gcompute.aot.report import compile_report
     from gcompute.aot.target import target_devices
     from gcompute.parallel.mesh import build_mesh
     from gcompute.serve.lowered import lower_serve
+    from gcompute.serve.paged_lowered import lower_paged
 
     mesh = build_mesh(MeshShape.parse(request["mesh"]), target_devices(target))
     reports = {}
     for program in request["programs"]:
         tell(doing=f"tracing {program}")
-        lowered = lower_serve(
-            model,
-            mesh,
-            program=program,
-            slots=request["slots"],
-            max_context=request["context"],
-            prompt=request["prompt"],
-            precision=request["precision"],
-            decode_steps=request["decode_steps"],
-        )
+        sizes = {"slots": request["slots"], "max_context": request["context"], "page": request["page"]}
+        sizes |= {"precision": request["precision"]}
+        if request["attention"] is None:
+            prompt, steps = request["prompt"], request["decode_steps"]
+            lowered = lower_serve(model, mesh, program=program, prompt=prompt, decode_steps=steps, **sizes)
+        else:
+            kernel, tokens, steps = request["attention"], request["tokens"], request["decode_steps"]
+            sizes |= {"kernel": kernel, "tokens": tokens, "most_steps": steps}
+            lowered = lower_paged(model, mesh, program=program, **sizes)
         tell(doing=f"compiling {program} for {target}")
         report, text = compile_report(lowered, target, mesh=mesh)
         if request["hlo"] and text is not None:
             Path(request["hlo"]).write_text(text, encoding="utf-8")
-        reports[program] = report.to_dict()
+        reports[program] = {**report.to_dict(), "kernels": count_kernels(text) if text is not None else None}
     return {"fits": all(report["fits"] for report in reports.values()), "programs": reports}
 
 

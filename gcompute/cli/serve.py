@@ -29,7 +29,10 @@ class ServeCommand(SectionedCommand):
 )
 @click.option("--name", default=None, help="Model name that requests use.  [the run's name]")
 @click.option(
-    "--api-key", envvar="GCOMPUTE_API_KEY", show_envvar=True, help="Key that calls of /v1 must carry.  [none]"
+    "--api-key",
+    envvar="GCOMPUTE_API_KEY",
+    show_envvar=True,
+    help="Key that calls of /v1 and /engine must carry.  [none]",
 )
 @click.option("--fast/--no-fast", default=True, help="Restart once with huge pages where that is faster.  [fast]")
 @config_options(ServeConfig, "Serving")
@@ -37,22 +40,27 @@ def command(
     checkpoint: Path, draft: Path | None, name: str | None, api_key: str | None, fast: bool, **values: Any
 ) -> None:
     """Serve the model in CHECKPOINT, the --out directory of `gcompute train`: /v1/completions, /v1/chat/completions,
-    /v1/models, /health, /metrics. Chats use the template of a tokenizer_config.json there if jinja2 is installed, and
-    "role: content" lines otherwise. SIGTERM and Ctrl-C finish accepted requests first."""
+    /v1/models, /health, /metrics, and at / a page to talk to it and watch it work. Chats use the template of a
+    tokenizer_config.json there if jinja2 is installed, and "role: content" lines otherwise. SIGTERM and Ctrl-C finish
+    accepted requests first."""
     restart_fast(fast)
     quiet_backends()
     config = ServeConfig(**given(ServeConfig, values))
     use_compilation_cache()
     from rich.console import Console
 
+    from gcompute.cli.chips import measured_chip
     from gcompute.model.pretrained import load, locate
     from gcompute.serve.engine import Engine
+    from gcompute.serve.position import decode_roofline
     from gcompute.serve.server import serve
     from gcompute.serve.template import load_template
 
     console = Console(stderr=True)
     notice = lambda text: console.print(f"notice: {text}", soft_wrap=True)  # noqa: E731
     model = load(checkpoint, notice=notice)
+    # Before the engine is there: nothing else runs while the machine is measured, once and for all.
+    roofline = decode_roofline(model.config, config, measured_chip())
     template = load_template(locate(checkpoint)[0], notice)
     model_name = name or model.name
     drafting = None
@@ -73,5 +81,6 @@ def command(
         model_name=model_name,
         template=template,
         api_key=api_key or None,
+        roofline=roofline,
         announce=lambda url: console.print(f"serving {model_name} at {url} (Ctrl-C stops)", highlight=False),
     )

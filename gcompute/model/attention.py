@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gcompute.config.mesh import Axis
 from gcompute.config.model import ModelConfig
-from gcompute.model.kv_cache import write
+from gcompute.model.kv_cache import LayerCache, write
 from gcompute.model.layers import INIT_STD, RMSNorm, constant, matrix, rotate
 from gcompute.model.matmul import linear, scores, weighted_sum
 from gcompute.model.splash import splash_attention
@@ -103,11 +103,11 @@ class Attention(nnx.Module):
         *,
         positions_BT: Int[Array, "#b t"],
         rotary: Float[Array, "2 #b t half"] | None,
-        cache: tuple[Array, Array] | None,
+        cache: tuple[Array, Array] | LayerCache | None,
         compute: jnp.dtype,
         kernel: str = "xla",
         placement: Placement | None = None,
-    ) -> tuple[Float[Array, "b t d"], tuple[Array, Array] | None]:
+    ) -> tuple[Float[Array, "b t d"], tuple[Array, Array] | LayerCache | None]:
         b, t, _ = x_BTD.shape
         q_BTNH = constrain(placement, self._project(x_BTD, self.q_DNH, self.q_bias_NH, compute), "BTNH")
         k_BTKH = constrain(placement, self._project(x_BTD, self.k_DKH, self.k_bias_KH, compute), "BTKH")
@@ -120,6 +120,8 @@ class Attention(nnx.Module):
             o_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, compute=compute, kernel=kernel, placement=placement)
             # Its gradient too is split by heads: it arrives split by sequence.
             o_BTNH = constrain(placement, o_BTNH, "BTNH")
+        elif not isinstance(cache, tuple):
+            o_BTNH, cache = cache.update_and_attend(q_BTNH, k_BTKH, v_BTKH)
         else:
             # Left free, XLA may split whole heads for this product, and gather the cache to give it back.
             keys_BSKH, values_BSKH = cache = (

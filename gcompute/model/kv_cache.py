@@ -1,6 +1,7 @@
 """The key/value cache: an explicit pytree that goes into a forward pass and comes out of it."""
 
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,16 @@ class KVCache:
 
     k: tuple[Float[Array, "b s k h"], ...]
     v: tuple[Float[Array, "b s k h"], ...]
+
+
+class LayerCache(Protocol):
+    """One layer's keys and values, wherever they lie: it takes the new ones and attends."""
+
+    def update_and_attend(
+        self, q_BTNH: Float[Array, "b t n h"], k_BTKH: Float[Array, "b t k h"], v_BTKH: Float[Array, "b t k h"]
+    ) -> tuple[Float[Array, "b t n h"], Self]:
+        """What the queries find among the keys that they may see, the new ones too, and the cache with these."""
+        ...
 
 
 def init_cache(config: ModelConfig, *, batch: int, length: int, dtype: jnp.dtype) -> KVCache:

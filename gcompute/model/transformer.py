@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from gcompute.config.model import ModelConfig
 from gcompute.model.attention import Attention
-from gcompute.model.kv_cache import KVCache
+from gcompute.model.kv_cache import KVCache, LayerCache
 from gcompute.model.layers import FeedForward, make_norm, matrix, rotary_table
 from gcompute.model.matmul import MATMUL, linear, linear_transposed
 from gcompute.model.moe import MoE
@@ -63,9 +63,9 @@ class Block(nnx.Module):
         *,
         positions_BT: Int[Array, "#b t"],
         rotary: Array | None,
-        cache: tuple[Array, Array] | None,
+        cache: tuple[Array, Array] | LayerCache | None,
         execution: Execution,
-    ) -> tuple[Float[Array, "b t d"], tuple[Array, Array] | None, RouterStats | None]:
+    ) -> tuple[Float[Array, "b t d"], tuple[Array, Array] | LayerCache | None, RouterStats | None]:
         compute, placement = execution.compute, execution.placement
 
         def branch_input(norm: Any, branch: Any) -> Array:
@@ -168,8 +168,8 @@ def run_blocks(
     *,
     config: ModelConfig,
     execution: Execution,
-    cache: KVCache | None = None,
-) -> tuple[Float[Array, "b t d"], KVCache | None, RouterStats | None]:
+    cache: KVCache | tuple[LayerCache, ...] | None = None,
+) -> tuple[Float[Array, "b t d"], Any, RouterStats | None]:
     """The stream after all of `blocks`, the cache with the new keys and values, and what the routers did, summed.
 
     `blocks` are stacked, any number of them (a pipeline stage has some), or one dict a layer.
@@ -201,12 +201,14 @@ def run_blocks(
         return x_BTD, None, jax.tree.map(lambda a: a.sum(axis=0), stats)
     caches, all_stats = [], []
     for layer in range(len(blocks)):
-        layer_cache = None if cache is None else (cache.k[layer], cache.v[layer])
+        layer_cache = (cache.k[layer], cache.v[layer]) if isinstance(cache, KVCache) else cache and cache[layer]
         x_BTD, layer_cache, stats = run(blocks[layer], x_BTD, positions_BT, rotary, layer_cache)
         caches.append(layer_cache)
         all_stats.append(stats)
-    if cache is not None:
+    if isinstance(cache, KVCache):
         cache = KVCache(k=tuple(k for k, _ in caches), v=tuple(v for _, v in caches))
+    elif cache is not None:
+        cache = tuple(caches)
     return x_BTD, cache, jax.tree.map(lambda *several: sum(several), *all_stats)
 
 

@@ -1,10 +1,12 @@
 """The engine over HTTP: OpenAI's completions, chat, models, health and metrics, as a starlette application.
 
     POST /v1/completions    POST /v1/chat/completions    GET /v1/models    GET /v1/models/NAME
-    GET /health             GET /metrics
+    GET /health             GET /metrics                 GET /              GET /engine    GET /engine/events
 
 A client that goes away takes its requests with it: their slots are free after the dispatch in progress. With an API key
-all of /v1 needs it, as `Authorization: Bearer KEY`.
+all of /v1 needs it, as `Authorization: Bearer KEY`. So do the snapshots of /engine, once or as events while somebody
+listens: they hold no text, but the lengths and the pace of each running request, which are its sender's. The page at /
+holds nothing of anyone's and stays open; it asks for the key.
 """
 
 import asyncio
@@ -25,11 +27,16 @@ from gcompute.serve.chat import ChatAnswer, parse_chat
 from gcompute.serve.engine import Engine, Status
 from gcompute.serve.errors import RETRY_AFTER_S, HttpError, http_error
 from gcompute.serve.metrics import CONTENT_TYPE, Metrics
+from gcompute.serve.page.document import document
 from gcompute.serve.parameters import unknown_model
+from gcompute.serve.position import DecodeRoofline
 from gcompute.serve.protocol import Answer, Ask, parse_ask
+from gcompute.serve.request import NotReady
 from gcompute.serve.sse import EventStreamResponse, cancelled_with_client, check_served, dump
 from gcompute.serve.stream import Completion, EventStream, completion
 from gcompute.serve.template import ChatTemplate, PlainTemplate
+from gcompute.serve.watch import Watch
+from gcompute.serve.watchers import Watchers
 
 MAX_BODY_BYTES = 4 << 20
 # A body that is too large is read on this far, so that the client is done sending and hears why it was refused.
@@ -48,12 +55,15 @@ def create_app(
     api_key: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     timeout_s: float | None = None,
+    roofline: DecodeRoofline | None = None,
 ) -> Starlette:
-    """The application for one engine and the one model that it answers for.
+    """The application for one engine and the one model that it answers for; `state.watchers` are those of /engine.
 
     template: how chats become prompts; the plain one by default. timeout_s: the longest that a call may take.
+    roofline: what the page shows the decode batch on, if anything.
     """
-    return _Api(engine, model_name, template or PlainTemplate(), api_key, max_body_bytes, timeout_s).app
+    template = template or PlainTemplate()
+    return _Api(engine, model_name, template, api_key, max_body_bytes, timeout_s, roofline).app
 
 
 class _Api:
@@ -65,6 +75,7 @@ class _Api:
         api_key: str | None,
         max_body_bytes: int,
         timeout_s: float | None,
+        roofline: DecodeRoofline | None,
     ):
         self._engine = engine
         self._model_name = model_name
@@ -74,6 +85,15 @@ class _Api:
         self._timeout_s = timeout_s
         self._created = int(time.time())
         self._metrics = Metrics(engine)
+        about = {
+            "model": model_name,
+            "max_context": engine.max_context,
+            "max_choices": engine.max_choices,
+            "chat": not isinstance(template, PlainTemplate),
+        }
+        self._watch = Watch(engine.stats, about=about, roofline=roofline)
+        engine.observe(self._watch.finished)
+        self._watchers = Watchers(lambda: dump(self._watch.look()))
         self.app = Starlette(
             routes=[
                 Route("/v1/completions", self._completions, methods=["POST"]),
@@ -82,9 +102,13 @@ class _Api:
                 Route("/v1/models/{name:path}", self._one_model),
                 Route("/health", self._health),
                 Route("/metrics", self._render_metrics),
+                Route("/engine", self._engine_now),
+                Route("/engine/events", self._engine_events),
+                Route("/", self._page),
             ],
             exception_handlers={HTTPException: self._routing_error},
         )
+        self.app.state.watchers = self._watchers
 
     async def _completions(self, request: Request) -> Response:
         return await self._complete(
@@ -174,6 +198,24 @@ class _Api:
 
     async def _render_metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _engine_now(self, request: Request) -> Response:
+        try:
+            self._check_key(request)
+        except HttpError as error:
+            return self._refuse(error)
+        return _json(self._watch.look(), headers={"Cache-Control": "no-store"})
+
+    async def _engine_events(self, request: Request) -> Response:
+        try:
+            self._check_key(request)
+            return self._watchers.response()
+        except (HttpError, NotReady) as error:
+            return self._refuse(error)
+
+    async def _page(self, request: Request) -> Response:
+        page = document()
+        return Response(page.body, headers=page.headers)
 
 
 async def _collect(stream: EventStream) -> Completion:

@@ -62,7 +62,8 @@ def forward(
     rotary = None
     if config.positions == "rope":
         rotary = rotary_table(positions_BT, config.head_size, config.rope_theta, accumulator(execution.compute))
-    product = partial(apply, compute=execution.compute, zero=zero)
+    few = tokens_BT.size <= few_rows.MOST_ROWS
+    product = partial(apply, compute=execution.compute, zero=zero, few=few)
     cache = started(cache, positions_BT)
     visible = _visible(cache, positions_BT)
     for layer in range(config.layers):
@@ -140,13 +141,14 @@ def apply(
     *,
     compute: jnp.dtype,
     zero: UInt32[Array, ""],
+    few: bool,
 ) -> Float[Array, "b t o"]:
-    """y = x @ w^T + bias with a wide result."""
+    """y = x @ w^T + bias with a wide result; `few`: this is a program of few rows, compiled with their options."""
     b, t, i = x_BTI.shape
     w_OI = matrix.w_OI
     assert w_OI is not None
     x_MI = x_BTI.reshape(b * t, i)
-    words_OW = matrix.words_OW if b * t <= few_rows.MOST_ROWS else None
+    words_OW = matrix.words_OW if few else None
     if matrix.scale_O is not None:
         rounded_MI, scale_M = quantize(x_MI)
         whole_MO = (

@@ -10,8 +10,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Several
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Self
@@ -24,14 +23,15 @@ from gcompute.serve.adjustments import NO_TOKEN
 from gcompute.serve.assembly import engine_shape
 from gcompute.serve.choices import read_row
 from gcompute.serve.compilation import Program, list_programs
-from gcompute.serve.offline import complete_all, progress_bar
+from gcompute.serve.observation import observe
+from gcompute.serve.offline import complete_all, make_requests, progress_bar
 from gcompute.serve.request import NotReady, Request, RequestError, Sampling, check_fits
 from gcompute.serve.runner import Runner
 from gcompute.serve.scheduler import Scheduler
 from gcompute.serve.state import new_row
-from gcompute.serve.stats import EngineStats, LastDecode, SlotStats, Status
+from gcompute.serve.stats import EngineStats, LastDecode, Status
 from gcompute.serve.stream import Completion, EventStream, Finished, Output, Reason, TokenLogprobs
-from gcompute.serve.work import Decode, Prefill, Sequence, SwapIn, SwapOut, Work
+from gcompute.serve.work import Decode, Prefill, SwapIn, SwapOut, Work
 
 log = logging.getLogger(__name__)
 
@@ -87,23 +87,20 @@ class Engine:
 
     def warmup(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Compile what is not compiled yet. `progress` hears (number done, number in all, name of the next)."""
-        todo = self.programs()
+        todo, tell = self.programs(), progress or (lambda *_: None)
         for done, program in enumerate(todo):
             if self._status is not Status.LOADING:
                 return
-            if progress is not None:
-                progress(done, len(todo), str(program))
+            tell(done, len(todo), str(program))
             self._runner.compile(program)
         self._runner.reset()
-        if progress is not None:
-            progress(len(todo), len(todo), "ready")
+        tell(len(todo), len(todo), "ready")
 
     def start(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Start the engine's thread, which warms up and then serves; `wait_ready` waits for that. Twice is as once."""
-        if self._thread is not None:
-            return
-        self._thread = threading.Thread(target=self._run, args=(progress,), name="engine", daemon=True)
-        self._thread.start()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, args=(progress,), name="engine", daemon=True)
+            self._thread.start()
 
     def wait_ready(self) -> None:
         """Return once requests are taken.
@@ -155,7 +152,7 @@ class Engine:
         """
         return self.submit_all([request])[0]
 
-    def submit_all(self, requests: Several[Request]) -> list[EventStream]:
+    def submit_all(self, requests: Sequence[Request]) -> list[EventStream]:
         """Queue all of them or none. Raises as `submit` does."""
         for request in requests:
             self._check(request)
@@ -194,7 +191,7 @@ class Engine:
         except ValueError as error:
             raise RequestError(str(error), param="prompt") from None
 
-    def decode(self, ids: Several[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; empty without a tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(ids)
 
@@ -204,8 +201,8 @@ class Engine:
 
     def generate(
         self,
-        prompts: Several[str | Several[int]],
-        params: Sampling | Several[Sampling] | None = None,
+        prompts: Sequence[str | Sequence[int]],
+        params: Sampling | Sequence[Sampling] | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
@@ -216,13 +213,7 @@ class Engine:
         Raises:
           RequestError: a prompt can never be served; nothing is generated then. NotReady: as for `submit`.
         """
-        each = [params] * len(prompts) if isinstance(params, Sampling) else params or [Sampling()] * len(prompts)
-        if len(each) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts came with {len(each)} samplings: give one, or one a prompt.")
-        requests = [
-            Request(prompt=self.encode(prompt) if isinstance(prompt, str) else tuple(prompt), sampling=own)
-            for prompt, own in zip(prompts, each, strict=True)
-        ]
+        requests = make_requests(prompts, params, self.encode)
         for request in requests:
             self._check(request)
         with nullcontext(progress) if progress is not None else progress_bar() as report:
@@ -235,35 +226,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         with self._wake:
-            limits, scheduler = self._runner.shape.limits, self._scheduler
-            running = list(scheduler.running.values())
-            return EngineStats(
-                status=self._status,
-                slots=limits.slots,
-                num_running=len(running),
-                num_waiting=scheduler.num_waiting,
-                num_cells=limits.num_pages * limits.page,
-                num_cells_used=sum(seq.cached for seq in running),
-                num_programs=len(self._runner.compiled),
-                num_late_compilations=self._runner.compilations.num,
-                num_dispatches=self._runner.num_dispatches,
-                num_decode_steps=self._counts["decode_steps"],
-                num_prompt_tokens=self._counts["prompt_tokens"],
-                num_output_tokens=self._counts["output_tokens"],
-                page_tokens=limits.page,
-                num_pages=limits.num_pages,
-                num_pages_free=sum(blocks.num_free for blocks in scheduler.blocks),
-                num_pages_cached=sum(blocks.num_cached for blocks in scheduler.blocks),
-                num_pages_used=sum(blocks.num_used for blocks in scheduler.blocks),
-                num_hit_tokens=scheduler.num_hit_tokens,
-                num_preemptions=scheduler.num_preemptions,
-                num_drafted=self._counts["drafted"],
-                num_accepted=self._counts["accepted"],
-                running=tuple(map(_slot_stats, running)),
-                decode_batch=self._last.rows,
-                decode_cells=self._last.cells,
-                last_decode_step_s=self._last.step_s,
-            )
+            return observe(self._runner, self._scheduler, self._status, self._counts, self._last)
 
     def _check(self, request: Request) -> None:
         check_fits(request, vocab=self.config.vocab, max_context=self.max_context)
@@ -365,7 +328,8 @@ class Engine:
         sampling = self._outputs[work.request_id].stream.request.sampling
         tokens, logprobs = read_row(choices, 0, sampling.logprobs) if work.last else ((), ())
         with self._wake:
-            self._counts["prompt_tokens"] += work.num_tokens
+            if work.last and not self._outputs[work.request_id].num_tokens:
+                self._counts["prompt_tokens"] += work.start + work.num_tokens
             self._scheduler.record_prefill(work, tokens[0] if tokens else None)
         if tokens:
             self._deliver(work.request_id, tokens, logprobs)
@@ -391,7 +355,7 @@ class Engine:
         for request_id, (tokens, logprobs) in chosen.items():
             self._deliver(request_id, tokens, logprobs)
 
-    def _deliver(self, request_id: int, tokens: Several[int], logprobs: Several[TokenLogprobs]) -> None:
+    def _deliver(self, request_id: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         """Put out a request's tokens and end it where they do; text that cannot be made ends this request alone."""
         output = self._outputs[request_id]
         error = None
@@ -434,16 +398,3 @@ class Engine:
                 self._scheduler.forget_contents()
         if lost:
             self._runner.reset()
-
-
-def _slot_stats(seq: Sequence) -> SlotStats:
-    assert seq.slot is not None
-    return SlotStats(
-        slot=seq.slot,
-        request_id=seq.request_id,
-        phase="decode" if seq.decodes else "prefill",
-        num_prompt=seq.num_prompt,
-        num_cached=seq.cached,
-        num_output=seq.num_output,
-        max_tokens=seq.max_tokens,
-    )

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Int8, UInt32
 
 # Words of a row are added up in this many lanes.
 LANES = 32
+MOST_TERMS = 12
 # Bytes of a number -> what the length of a row must be a multiple of.
 PACKABLE = {2: 2 * LANES, 1: 4 * LANES}
 HIGH_HALF = np.uint32(0xFFFF0000)
@@ -25,10 +26,10 @@ HIGH_HALF = np.uint32(0xFFFF0000)
 MOST_ROWS = 4
 
 # Leave sums over lanes to the compiler: the library that XLA would give them to takes the fused loop apart.
-COMPILER_OPTIONS = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
-    "xla_cpu_prefer_vector_width": "512",
-}
+COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": "512"}
+if jax.__version_info__ >= (0, 10, 0):
+    # Older ones have neither the library nor the option.
+    COMPILER_OPTIONS["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_DOT"
 
 
 def pack(w_OI: Array) -> UInt32[Array, "o w"]:
@@ -63,33 +64,39 @@ def pair_product(
 ) -> Float[Array, "m o"]:
     """x @ w^T, x rounded to bfloat16, summed in float32."""
     x_MI = x_MI.astype(jnp.bfloat16).astype(jnp.float32)
-    first_MW, second_MW = jnp.split(x_MI, 2, axis=1)
 
-    def part(words: Array, lanes: slice) -> Array:
+    def take_out(words: Array, first: Array, second: Array) -> Array:
         low = jax.lax.bitcast_convert_type(words << 16, jnp.float32)
         high = jax.lax.bitcast_convert_type(words & HIGH_HALF, jnp.float32)
-        return low * first_MW[None, :, lanes] + high * second_MW[None, :, lanes]
+        return low * first + high * second
 
-    return _sum_of_lanes(part, words_OW, zero)
+    return _sum_of_lanes(take_out, words_OW, jnp.split(x_MI, 2, axis=1), zero)
 
 
 def quad_product(
     x_MI: Int8[Array, "m i"], words_OW: UInt32[Array, "o w"], zero: UInt32[Array, ""]
 ) -> Int[Array, "m o"]:
     """x @ w^T of int8 numbers, as int32."""
-    parts = jnp.split(x_MI.astype(jnp.int32), 4, axis=1)
 
-    def part(words: Array, lanes: slice) -> Array:
+    def take_out(words: Array, *parts: Array) -> Array:
         signed = jax.lax.bitcast_convert_type(words, jnp.int32)
-        return _total([((signed << (24 - 8 * n)) >> 24) * x_MW[None, :, lanes] for n, x_MW in enumerate(parts)])
+        return _total([((signed << (24 - 8 * n)) >> 24) * part for n, part in enumerate(parts)])
 
-    return _sum_of_lanes(part, words_OW, zero)
+    return _sum_of_lanes(take_out, words_OW, jnp.split(x_MI.astype(jnp.int32), 4, axis=1), zero)
 
 
-def _sum_of_lanes(part: Callable[[Array, slice], Array], words_OW: Array, zero: Array) -> Array:
-    pieces = [slice(start, start + LANES) for start in range(0, words_OW.shape[1], LANES)]
-    total_OML = _total([part(words_OW[:, None, lanes] | zero, lanes) for lanes in pieces])
-    return jnp.sum(total_OML, axis=-1).T
+def _sum_of_lanes(take_out: Callable[..., Array], words_OW: Array, x_MW: list[Array], zero: Array) -> Array:
+    """The sum over words of what `take_out` makes of each and of the numbers of x that go with it."""
+    o, w = words_OW.shape
+    # Rows fall into P pieces of at most MOST_TERMS terms: more take the compiler long, and its registers run out.
+    pieces = next(n for n in range(1, w + 1) if w % (n * LANES) == 0 and w // (n * LANES) <= MOST_TERMS)
+    words_OPW = words_OW.reshape(o, pieces, -1)
+    x_MPW = [x.reshape(x.shape[0], pieces, -1) for x in x_MW]
+    lanes = [slice(start, start + LANES) for start in range(0, w // pieces, LANES)]
+    total_OMPL = _total(
+        [take_out(words_OPW[:, None, :, part] | zero, *(x[None, :, :, part] for x in x_MPW)) for part in lanes]
+    )
+    return jnp.sum(total_OMPL, axis=(2, 3)).T
 
 
 def _total(terms: list[Array]) -> Array:

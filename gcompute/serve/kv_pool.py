@@ -22,13 +22,15 @@ GARBAGE_PAGE = 0
 # A dispatch does not know where its rows start until its first step says so.
 NOT_STARTED = -1
 # The dims of pages, of their scales and of a cache's cells as letters, for rules that lay arrays out on a mesh.
-PAGE_DIMS, PAGE_SCALE_DIMS, CELL_DIMS = "PKSH", "PKS", "BKSH"
+PAGE_DIMS, PAGE_SCALE_DIMS, CELL_DIMS = "PSKH", "PSK", "BKSH"
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVPool:
-    """Keys and values of every layer in P pages of S cells, a leaf a layer: a stacked pool would be copied whole.
+    """Keys and values of every layer in P pages of S cells, [P, S, K, H] each, a leaf a layer.
+
+    A stacked pool would be copied whole to write one layer; and with heads before cells, to write one cell.
 
     bfloat16 is kept as its bits: to write a cell, XLA on CPU would convert the whole pool to float32 and back.
     Scales are empty unless pages are int8.
@@ -36,8 +38,8 @@ class KVPool:
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
-    k_scale: tuple[Float[Array, "p k s"], ...]
-    v_scale: tuple[Float[Array, "p k s"], ...]
+    k_scale: tuple[Float[Array, "p s k"], ...]
+    v_scale: tuple[Float[Array, "p s k"], ...]
 
     @property
     def num_pages(self) -> int:
@@ -46,7 +48,7 @@ class KVPool:
     @property
     def page(self) -> int:
         """Cells of a page."""
-        return self.k[0].shape[2]
+        return self.k[0].shape[1]
 
     @property
     def quantized(self) -> bool:
@@ -89,7 +91,7 @@ def empty_pool(config: ModelConfig, *, num_pages: int, page: int, dtype: jnp.dty
     """
     if num_pages < 2 or page < 1:
         raise ValueError(f"a pool needs 2 pages of 1 cell at least, got {num_pages} of {page}: page 0 is never used.")
-    shape = (num_pages, config.num_kv_heads, page, config.head_size)
+    shape = (num_pages, page, config.num_kv_heads, config.head_size)
     quantized = jnp.dtype(dtype) == jnp.int8
 
     def zeros() -> tuple[Array, ...]:
@@ -108,8 +110,8 @@ def gather(pool: KVPool, tables_BN: Int[Array, "b n"], compute: jnp.dtype, num_c
     """
 
     def cells(pages: Array) -> Array:
-        rows = jnp.take(pages, tables_BN, axis=0, mode="clip").swapaxes(1, 2)
-        return rows.reshape(rows.shape[0], rows.shape[1], -1, *rows.shape[4:])
+        rows = jnp.take(pages, tables_BN, axis=0, mode="clip")
+        return rows.reshape(rows.shape[0], -1, *rows.shape[3:]).swapaxes(1, 2)
 
     def old(pages: tuple[Array, ...], scales: tuple[Array, ...]) -> tuple[Array, ...]:
         if scales:
@@ -118,7 +120,7 @@ def gather(pool: KVPool, tables_BN: Int[Array, "b n"], compute: jnp.dtype, num_c
         return tuple(_values(cells(values)).astype(compute) for values in pages)
 
     b, n = tables_BN.shape
-    shape = (b, pool.k[0].shape[1], num_cells or n * pool.page, pool.k[0].shape[3])
+    shape = (b, pool.k[0].shape[2], num_cells or n * pool.page, pool.k[0].shape[3])
     wide = jnp.promote_types(compute, jnp.float32)
 
     def new(dims: tuple[int, ...], like: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -201,22 +203,28 @@ def put_back(
     count_B: Int[Array, "b"],
     *,
     num_cells: int,
+    after: Int[Array, "..."] | None = None,
 ) -> KVPool:
     """The pool with new cells `start` to `start + count` of each row in their pages; `count` is at most `num_cells`.
 
     `start` is the first position that the dispatch stored. Nothing else of a page changes; cells past the end of a
     row's table are dropped, never clipped.
+
+    after: tokens that were chosen from what was gathered, where `count` does not follow from them already. Without an
+    order between reading and writing, XLA copies the whole pool.
     """
     num_cells = min(num_cells, cache.num_new)
     steps_1C = jnp.arange(num_cells, dtype=jnp.int32)[None]
     cells_BC = start_B[:, None] + steps_1C
     legal_BC = (steps_1C < count_B[:, None]) & (cells_BC < cache.length)
     pages_BC = jnp.take_along_axis(tables_BN, jnp.minimum(cells_BC, cache.length - 1) // pool.page, axis=1)
+    if after is not None:
+        # Tokens are not that negative, which XLA cannot know.
+        legal_BC = legal_BC & (jnp.min(after) > jnp.iinfo(jnp.int32).min)
     pages_BC = jnp.where(legal_BC, pages_BC, pool.num_pages)
 
     def put(pages: Array, new: Array) -> Array:
-        # Indices apart from a slice put their dims first: [B, C, K, ...].
-        return pages.at[pages_BC, :, cells_BC % pool.page].set(new.swapaxes(1, 2), mode="drop")
+        return pages.at[pages_BC, cells_BC % pool.page].set(new.swapaxes(1, 2), mode="drop")
 
     def values(pages: tuple[Array, ...], new: tuple[Array, ...], scales: tuple[Array, ...]) -> tuple[Array, ...]:
         cells = [leaf[:, :, :num_cells] for leaf in new]

@@ -4,13 +4,32 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gcompute.serve.request import QueueFull, Request
+from gcompute.serve.request import QueueFull, Request, RequestError, Sampling
 from gcompute.serve.stream import Completion, EventStream
 
 if TYPE_CHECKING:
     from gcompute.serve.engine import Engine
 
 Progress = Callable[[int, int], None]
+
+
+def make_requests(
+    prompts: Sequence[str | Sequence[int]],
+    params: Sampling | Sequence[Sampling] | None,
+    encode: Callable[[str], tuple[int, ...]],
+) -> list[Request]:
+    """A request for each prompt; `params` are for all, or one for each.
+
+    Raises:
+      RequestError: there are as many samplings as neither, or a prompt cannot be encoded.
+    """
+    each = [params] * len(prompts) if isinstance(params, Sampling) else params or [Sampling()] * len(prompts)
+    if len(each) != len(prompts):
+        raise RequestError(f"{len(prompts)} prompts came with {len(each)} samplings: give one, or one a prompt.")
+    return [
+        Request(prompt=encode(prompt) if isinstance(prompt, str) else tuple(prompt), sampling=own)
+        for prompt, own in zip(prompts, each, strict=True)
+    ]
 
 
 def complete_all(engine: "Engine", requests: Sequence[Request], progress: Progress) -> list[Completion]:

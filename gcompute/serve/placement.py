@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gcompute.config.architecture import architecture
 from gcompute.config.mesh import Axis, MeshShape
 from gcompute.config.model import ModelConfig
-from gcompute.model.transformer import Execution, abstract_params, param_dims
+from gcompute.model.transformer import Execution, Params, abstract_params, param_dims
 from gcompute.parallel.mesh import AXIS_TYPES, NAMES, shape_of
 from gcompute.parallel.placement import Placement
 from gcompute.parallel.rules import ACTIVATION_RULES, Rules, param_shardings
@@ -78,6 +78,18 @@ def check_mesh(config: ModelConfig, shape: MeshShape, *, slots: int) -> None:
         )
 
 
+def spread(shape: EngineShape, config: ModelConfig, params: Params) -> Params:
+    """A model's parameters laid out on the mesh by their rules, on whatever device they lie."""
+    placement = _placement(shape)
+    shardings = param_shardings(
+        _without(param_dims(config), placement.whole),
+        placement.mesh,
+        placement.shape,
+        abstract=abstract_params(config),
+    )
+    return jax.device_put(params, shardings)
+
+
 def weight_shardings(shape: EngineShape, config: ModelConfig) -> Any:
     """The tree of one model's weights with the sharding of each: see `abstract_weights`."""
     return jax.tree.map(lambda leaf: leaf.sharding, _placed_weights(shape, config))
@@ -90,19 +102,28 @@ def abstract_weights(shape: EngineShape) -> Weights:
 
 
 def _placed_weights(shape: EngineShape, config: ModelConfig) -> Any:
-    placement = shape.execution.placement
-    assert isinstance(placement, ServingPlacement)
+    placement = _placement(shape)
     lay_out = partial(serving_weights, config=config, compute=shape.execution.compute, layout=shape.layout)
     abstract = jax.eval_shape(lay_out, abstract_params(config))
     dims = param_dims(config)
     block = jax.tree.map(lambda letters: letters.removeprefix("L"), dims["blocks"])
     dims = {**dims, "blocks": dict.fromkeys(range(config.layers), block)}
-    for letter in placement.whole:
-        dims = jax.tree.map(lambda letters, letter=letter: letters.replace(letter, "_"), dims)
+    dims = _without(dims, placement.whole)
     shardings = param_shardings(dims, placement.mesh, placement.shape, abstract=abstract)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )
+
+
+def _placement(shape: EngineShape) -> ServingPlacement:
+    placement = shape.execution.placement
+    assert isinstance(placement, ServingPlacement)
+    return placement
+
+
+def _without(dims: Any, whole: str) -> Any:
+    """The tree of dims with no letter for those that are not split."""
+    return jax.tree.map(lambda letters: "".join("_" if letter in whole else letter for letter in letters), dims)
 
 
 def abstract_state(shape: EngineShape) -> EngineState:

@@ -12,7 +12,7 @@ from gcompute.config.model import ModelConfig
 from gcompute.model.transformer import Params
 from gcompute.serve.choices import Choices
 from gcompute.serve.compilation import Program, compile_program
-from gcompute.serve.placement import weight_shardings
+from gcompute.serve.placement import spread, weight_shardings
 from gcompute.serve.programs import Saved
 from gcompute.serve.state import EngineShape, EngineState, Rows, Weights
 from gcompute.serve.weights import serving_weights
@@ -63,8 +63,10 @@ class Runner:
                 layout=shape.layout,
                 int8=shape.int8,
             )
-            shardings = None if shape.execution.placement is None else weight_shardings(shape, config)
-            return jax.jit(lay_out, out_shardings=shardings)(params)
+            if shape.execution.placement is None:
+                return jax.jit(lay_out)(params)
+            # A checkpoint's lie on one device, and a program's arguments on all of its devices.
+            return jax.jit(lay_out, out_shardings=weight_shardings(shape, config))(spread(shape, config, params))
 
         self._weights = Weights(
             model=prepare(params, shape.model),

@@ -108,7 +108,6 @@ class Scheduler:
         for blocks in self.blocks:
             blocks.check()
         held = [seq.slot for seq in self._running.values() if seq.slot is not None]
-        assert len(held) == len(self._running)
         assert sorted([*(slot for free in self._free for slot in free), *held]) == list(range(self.limits.slots))
         assert all(not seq.pages and seq.slot is None for seq in self._waiting)
         for share, blocks in enumerate(self.blocks):
@@ -216,7 +215,8 @@ class Scheduler:
             seq.pages, seq.num_published = hits + blocks.allocate(need), len(hits)
             if not seq.saved:
                 seq.cached = seq.hit_tokens = len(hits) * self.limits.page
-                self.num_hit_tokens += seq.hit_tokens
+                # One that was preempted finds its own pages again.
+                self.num_hit_tokens += seq.hit_tokens if seq.num_output == 0 else 0
             self._running[seq.request_id] = seq
             return seq
         return None

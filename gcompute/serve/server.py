@@ -13,8 +13,10 @@ import uvicorn
 from gcompute.config.serve import ServeConfig
 from gcompute.serve.api import create_app
 from gcompute.serve.engine import Engine
+from gcompute.serve.position import DecodeRoofline
 from gcompute.serve.request import NotReady
 from gcompute.serve.template import ChatTemplate
+from gcompute.serve.watchers import Watchers
 
 BACKLOG = 1024
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -52,7 +54,18 @@ def url_of(sock: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn with its signal handling left out: it would end the process before the engine is closed."""
+    """uvicorn with its signal handling left out: it would end the process before the engine is closed.
+
+    Nor does it wait for those who watch the engine: they would stay for ever.
+    """
+
+    def __init__(self, config: uvicorn.Config, watchers: Watchers):
+        super().__init__(config)
+        self._watchers = watchers
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._watchers.close()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -60,7 +73,12 @@ class _Server(uvicorn.Server):
 
 
 def _make_server(
-    engine: Engine, config: ServeConfig, model_name: str, template: ChatTemplate | None, api_key: str | None
+    engine: Engine,
+    config: ServeConfig,
+    model_name: str,
+    template: ChatTemplate | None,
+    api_key: str | None,
+    roofline: DecodeRoofline | None,
 ) -> _Server:
     app = create_app(
         engine,
@@ -69,9 +87,11 @@ def _make_server(
         api_key=api_key,
         max_body_bytes=config.max_body_bytes,
         timeout_s=config.timeout_s,
+        roofline=roofline,
     )
     return _Server(
-        uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, backlog=BACKLOG)
+        uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, backlog=BACKLOG),
+        app.state.watchers,
     )
 
 
@@ -83,6 +103,7 @@ def serve(
     announce: Callable[[str], None],
     template: ChatTemplate | None = None,
     api_key: str | None = None,
+    roofline: DecodeRoofline | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; then refuse new requests, finish those accepted, and close the engine.
 
@@ -94,7 +115,7 @@ def serve(
       NotReady: the engine failed to start.
     """
     with contextlib.closing(bind(config.host, config.port)) as sock:
-        server = _make_server(engine, config, model_name, template, api_key)
+        server = _make_server(engine, config, model_name, template, api_key, roofline)
         finish = False
         try:
             engine.start()
@@ -139,6 +160,7 @@ def background(
     model_name: str,
     template: ChatTemplate | None = None,
     api_key: str | None = None,
+    roofline: DecodeRoofline | None = None,
 ) -> Iterator[str]:
     """Serve from another thread while the block runs, and yield the URL. The engine stays the caller's.
 
@@ -146,7 +168,7 @@ def background(
       ValueError: the address cannot be listened on.
     """
     with contextlib.closing(bind(config.host, config.port)) as sock:
-        server = _make_server(engine, config, model_name, template, api_key)
+        server = _make_server(engine, config, model_name, template, api_key, roofline)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), name="http", daemon=True)
         thread.start()
         try:

@@ -28,6 +28,8 @@ from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_ro
 # A proposal follows the latest place where so many of the last tokens, or fewer, stood before.
 LONGEST_NGRAM = 3
 
+Carry = tuple[Array, Rows, RowCache, RowCache | None, Choices, Array]
+
 
 def propose_by_ngram(history_BS: Int[Array, "b s"], length_B: Int[Array, "b"], num: int) -> Int[Array, "b k"]:
     """What followed the last tokens when they stood in the text before: the longest match, and the latest of those.
@@ -89,8 +91,6 @@ def speculate(
     def positions(rows: Rows, awake_B: Array) -> Array:
         """Where a row writes; one that rests writes past the end, where nothing is kept."""
         return jnp.where(awake_B[:, None], rows.length[:, None] + steps_1T, bucket)
-
-    Carry = tuple[Array, Rows, RowCache, RowCache | None, Choices, Array]
 
     def more(carry: Carry) -> Array:
         step, rows, *_ = carry
@@ -174,6 +174,7 @@ def _propose_by_model(
 ) -> tuple[Array, RowCache]:
     """Tokens that the draft model chooses one by one, as the request asks; the last is read too, for its keys."""
     assert shape.draft is not None
+    assert weights.draft is not None
     k = shape.limits.drafts
     token_B = jnp.take_along_axis(rows.history, rows.length[:, None], axis=1)[:, 0]
     tokens = []

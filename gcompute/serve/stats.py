@@ -16,7 +16,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotStats:
-    """One running request, in numbers. phase: "prefill" or "decode"."""
+    """One running request. phase: "prefill" or "decode". num_cached: its tokens whose keys and values are kept."""
 
     slot: int
     request_id: int
@@ -41,6 +41,11 @@ class EngineStats:
     """What the engine is doing, and what it has done since it was made. Cells count tokens' keys and values.
 
     num_late_compilations: those on the engine's thread after it was ready, which should be none.
+    num_pages: of `page_tokens` tokens each; free + cached + used = num_pages, where cached ones hold what no running
+    request needs and a later one may find. num_prompt_tokens counts whole prompts, num_hit_tokens those of them that
+    were found in cached pages. num_drafted, num_accepted: tokens guessed, and guessed right.
+    decode_batch, decode_cells: requests of the last decode dispatch, and the cells that each attended to on average;
+    last_decode_step_s: its seconds over its steps.
     """
 
     status: Status

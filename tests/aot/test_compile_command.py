@@ -99,14 +99,16 @@ def test_compiles_the_serving_programs(capsys: pytest.CaptureFixture[str], tmp_p
     assert status(*SERVE, "--context", "24", "--precision", "float32", "--json") == 0
     answer = json.loads(capsys.readouterr().out)
     assert (answer["mesh"], answer["slots"], answer["context"], answer["prompt"]) == ("data=2,tensor=2", 4, 24, 12)
-    # [B, S, K, H] of float32 for keys and values of 2 layers, over 4 devices.
-    cache_bytes = 2 * 2 * 4 * 24 * 2 * 8 * 4 // 4
-    # What requests asked for lies beside it: two slots a device, each with at most 64 biases, 16 ends and its tokens.
-    requests_bytes = 2 * (2 * 64 + 16 + 24 + 64) * 4
+    # Pages of 16 cells, [P, S, K, H] of float32, for keys and values of 2 layers. A device has one of 2 key/value heads
+    # and the pages of 2 of 4 slots: two for each, and one that padding is written to.
+    pool_bytes = 2 * 2 * (2 * 2 + 1) * 16 * 1 * 8 * 4
+    # All rows of requests are on every device: 64 biases and their tokens, 17 ends, the text in two pages of cells, 13
+    # more words and 2 flags.
+    rows_bytes = 4 * ((2 * 64 + 17 + 2 * 16 + 13) * 4 + 2)
     for program in ("prefill", "decode"):
         report = answer["programs"][program]
         assert report["fits"]
-        assert cache_bytes <= report["memory"]["aliased_bytes"] < cache_bytes + requests_bytes
+        assert report["memory"]["aliased_bytes"] == pool_bytes + rows_bytes
         assert any(one["axes"] == ["tensor"] and one["kind"] == "all-reduce" for one in report["collectives"])
     assert answer["fits"]
     assert status(*SERVE, "--program", "decode", "--hlo", str(tmp_path / "decode.txt")) == 0

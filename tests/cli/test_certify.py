@@ -122,3 +122,59 @@ def test_on_a_tpu_topology_the_collectives_are_those_expected(tmp_path: Path):
     assert ended.returncode == 0, [row["reasons"] for row in result["rows"] if row["reasons"]]
     equal = [row for row in result["rows"] if row["verdict"] == "equal"]
     assert all(set(row["collectives"]) == {"cpu", "v5e:2x4"} for row in equal)
+
+
+def test_the_proof_of_serving_is_told_in_tables(capsys):
+    from gcompute.cli.certify_serving import show
+
+    counts = {
+        "requests": 9,
+        "tokens": 90,
+        "equal": 88,
+        "within_bound": 1,
+        "unstable": 0,
+        "violations": 1,
+        "logprobs": 4,
+    }
+    one = {"request": 3, "position": 2, "token": None, "expected": 7, "gap": "inf", "bound": 1e-4, "unstable": False}
+    other = {**one, "request": 4, "token": 5, "gap": 2e-5, "within": True}
+    proof = {
+        **counts,
+        "model": "Llama form",
+        "logit_bound": 7e-6,
+        "logprob_error_over_bound": {"median": 0.0, "p99": 0.1, "largest": 0.2},
+        "differences": [{**one, "within": False}, other],
+        "faults": [],
+        "ways": [{"way": "alone", "compared": 9, "bitwise_equal": 9, "differing": {}, "faults": []}],
+        "cost": {"deterministic_tokens_per_s": 80.0, "default_tokens_per_s": 100.0, "speed_ratio": 0.8, "rounds": 3},
+    }
+    versions = {"jax": "0", "jaxlib": "0"}
+    result = {"mode": "default", "precision": "float32", "versions": versions, "violations": 1, "seconds": 2.0}
+    show({**result, "proofs": [proof]})
+    out = capsys.readouterr().out
+    assert "request 3, output 2: an end for 7, gap inf of 1.0e-04  VIOLATION" in out
+    assert "request 4, output 2: 5 for 7, gap 2.0e-05 of 1.0e-04\n" in out
+    assert "9 requests, 1 VIOLATIONS; 1 tokens differ by less than rounding may do." in out
+    assert "80 tokens/s in the deterministic mode, 100 in the default: 0.80 of its speed." in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("servin",), "certify 'servin' is not known. Did you mean 'serving'?"),
+        (("--quick", "serving"), "serving takes its own options"),
+        (("serving", "--requests", "2"), "Invalid value for '--requests'"),
+        (("serving", "no/such/run"), "does not exist"),
+    ],
+)
+def test_a_wrong_request_for_the_proof_of_serving_is_one_line(arguments, said, gcompute: Command):
+    assert said in gcompute("certify", *arguments).error
+
+
+@pytest.mark.slow
+def test_the_proof_of_serving_is_green_and_counts_a_thousand_requests():
+    command = [sys.executable, "-m", "gcompute", "certify", "serving", "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    result = json.loads(ended.stdout)
+    assert (ended.returncode, result["violations"]) == (0, 0), [proof["faults"] for proof in result["proofs"]]
+    assert sum(proof["requests"] for proof in result["proofs"]) == 1000

@@ -45,10 +45,10 @@ def numbers(leaf) -> np.ndarray:
 
 def cell_of(pool: KVPool, kind: str, layer: int, page: int, offset: int) -> np.ndarray:
     """One cell's [K, H] numbers as attention is to see them."""
-    values = numbers(getattr(pool, kind)[layer])[page, :, offset]
+    values = numbers(getattr(pool, kind)[layer])[page, offset]
     if not pool.quantized:
         return values
-    scaled = values * np.asarray(getattr(pool, f"{kind}_scale")[layer])[page, :, offset, None]
+    scaled = values * np.asarray(getattr(pool, f"{kind}_scale")[layer])[page, offset, :, None]
     return np.asarray(jnp.asarray(scaled).astype(jnp.bfloat16), np.float32)
 
 
