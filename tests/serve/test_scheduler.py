@@ -51,11 +51,13 @@ def test_waiting_requests_fill_free_slots_before_anything_decodes():
     for request_id, num_prompt in enumerate((5, 20, 3)):
         plan.add(request_id, prompt=[request_id] * num_prompt, max_tokens=4)
     first = plan.next_work()
+    assert isinstance(first, Prefill)
     assert first == Prefill(
         request_id=0, slot=0, pages=(1,), start=0, num_tokens=5, chunk=16, bucket=16, first=True, last=True
     )
     plan.record_prefill(first, 7)
     second = plan.next_work()
+    assert isinstance(second, Prefill)
     assert second == Prefill(
         request_id=1, slot=1, pages=(2, 3, 4), start=0, num_tokens=20, chunk=32, bucket=32, first=True, last=True
     )
@@ -351,4 +353,4 @@ def test_random_traces_read_the_right_cells_and_serve_everyone(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS_OF_ENGINE)
 def test_many_random_traces(kind):
-    check_traces(*KINDS_OF_ENGINE[kind], max_examples=3000)
+    check_traces(*KINDS_OF_ENGINE[kind], max_examples=1000)
