@@ -37,6 +37,7 @@ def test_concurrent_greedy_requests_equal_solo_decoding_without_a_cache(engine, 
     assert len({completion.ids[:1] for completion in done}) > 3
 
 
+@pytest.mark.slow
 def test_the_gpt2_form_is_served_exactly_up_to_its_whole_context(tokenizer):
     config = PRESETS["test-gpt2"]
     params = jax.tree.map(lambda leaf: 4 * leaf if leaf.ndim > 1 else leaf, init(config, jax.random.key(1)))
@@ -109,7 +110,9 @@ def test_the_state_is_donated_and_stays_in_place(params, config):
     shape = engine_shape(config, serve)
     lay_out = partial(serving_weights, config=config, compute=jnp.float32, layout=Layout.FUSED)
     ready = Weights(model=jax.jit(lay_out)(params))
-    for program in list_programs(shape.limits):
+    # The first of each kind: others differ in size alone.
+    programs = {program.kind: program for program in reversed(list_programs(shape.limits))}
+    for program in programs.values():
         if program.kind in ("init", "swap_out"):
             continue
         text = compile_program(program, ready, shape).as_text()

@@ -202,9 +202,8 @@ WRONG_PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=() if at == 2 else pytest.mark.slow) for at, what in enumerate(WRONG_PROGRAMS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", WRONG_PROGRAMS)
 def test_a_wrong_program_is_a_violation(what, params, config, tokenizer, monkeypatch):
     name, wrong = WRONG_PROGRAMS[what]
     monkeypatch.setattr(programs, name, wrong(getattr(programs, name)))
