@@ -58,8 +58,7 @@ CASES = [
     # Two devices share each key/value head.
     ("dense", "tensor=8", {}),
     ("dense", "data=2,fsdp=2,tensor=2", {"speculate": "ngram"}),
-    ("gpt2", "tensor=4,data=2", {"kv": "int8"}),
-    ("experts", "expert=2", {}),
+    ("experts", "data=2,expert=2,tensor=2", {"kv": "int8"}),
 ]
 SLOW_CASES = [
     ("dense", "tensor=2,data=2", {}),
@@ -71,7 +70,7 @@ SLOW_CASES = [
     ("dense", "tensor=2,data=2", {"deterministic": True}),
     ("gpt2", "tensor=4,data=2", {}),
     ("qk norm", "tensor=2", {}),
-    ("experts", "data=2,expert=2,tensor=2", {}),
+    ("experts", "expert=2", {}),
     ("experts with places", "expert=4,data=2", {}),
     ("experts with places", "tensor=2,data=2", {}),
 ]
