@@ -58,9 +58,9 @@ CASES = [
     # Two devices share each key/value head.
     ("dense", "tensor=8", {}),
     ("dense", "data=2,fsdp=2,tensor=2", {"speculate": "ngram"}),
-    ("experts", "data=2,expert=2,tensor=2", {"kv": "int8"}),
 ]
 SLOW_CASES = [
+    ("experts", "data=2,expert=2,tensor=2", {"kv": "int8"}),
     ("dense", "tensor=2,data=2", {}),
     ("dense", "tensor=4", {"slots": 2}),
     ("dense", "data=4", {}),
