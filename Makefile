@@ -33,9 +33,10 @@ lint: $(STAMP)  ## ruff: lint and format
 types: $(STAMP)  ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(STAMP)  ## training against PyTorch (installs the extra `peers`); parallel programs against the textbook
+bench: $(STAMP)  ## against PyTorch, llama.cpp and transformers (installs the extra `peers`), and the textbook
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[peers]'
 	$(BIN)/python benchmarks/train_vs_torch/run.py
+	$(BIN)/python benchmarks/serve_vs_peers/run.py
 	$(BIN)/python benchmarks/parallel/run.py
 
 clean:  ## remove the environment and what runs left

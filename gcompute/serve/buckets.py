@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 SMALLEST_BUCKET = 16
-# A batch of fewer rows than this is padded to it inside a product, so that decoding one or eight rows costs the same.
-BATCH_STEP = 8
+# Up to so many rows reading the weights is all the work, on any device; `few_rows` has products for them.
+FEW_ROWS = 4
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -32,13 +32,13 @@ def make_buckets(largest: int, multiple: int = 1) -> tuple[int, ...]:
 
 
 def batch_buckets(slots: int) -> tuple[int, ...]:
-    """Batches that decode programs are made for: one row, then eight and its doublings, up to all slots.
+    """Batches that decode programs are made for: one row, then four and its doublings, up to all slots.
 
     >>> batch_buckets(32), batch_buckets(6), batch_buckets(1)
-    ((1, 8, 16, 32), (1, 6), (1,))
+    ((1, 4, 8, 16, 32), (1, 4, 6), (1,))
     """
     sizes = {1, slots}
-    size = BATCH_STEP
+    size = FEW_ROWS
     while size < slots:
         sizes.add(size)
         size *= 2

@@ -26,10 +26,10 @@ HIGH_HALF = np.uint32(0xFFFF0000)
 MOST_ROWS = 4
 
 # Leave sums over lanes to the compiler: the library that XLA would give them to takes the fused loop apart.
-COMPILER_OPTIONS: dict[str, str | bool] = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
-    "xla_cpu_prefer_vector_width": "512",
-}
+COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": "512"}
+if jax.__version_info__ >= (0, 10, 0):
+    # Older ones have neither the library nor the option.
+    COMPILER_OPTIONS["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_DOT"
 
 
 def pack(w_OI: Array) -> UInt32[Array, "o w"]:

@@ -61,7 +61,14 @@ def prefill(
             logits_at_B=num_tokens[None] - 1,
         )
         return logits_1V, put_back(
-            pool, cache, tables_BN=table_1N, start_B=start[None], count_B=num_tokens[None], num_cells=chunk, shares=1
+            pool,
+            cache,
+            tables_BN=table_1N,
+            start_B=start[None],
+            count_B=num_tokens[None],
+            num_cells=chunk,
+            shares=1,
+            after=jnp.argmax(logits_1V, axis=-1),
         )
 
     logits_1V, pool = read(weights.model, shape.model, state.pool)

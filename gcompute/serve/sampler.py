@@ -33,17 +33,25 @@ def sample(logits_BV: Float[Array, "b v"], rows: SamplingRows, positions_B: Int[
 
     What no row asks for is not computed; that changes no bit of a row, for a filter that is off keeps every token.
     """
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    greedy_B = _largest(logits_BV)
 
     def draw() -> Array:
         filtered = jnp.any((rows.temperature > 0) & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)))
         scaled_BV = scale(logits_BV, rows.temperature)
         kept_BV = jax.lax.cond(filtered, lambda: keep(scaled_BV, rows), lambda: jnp.ones(scaled_BV.shape, bool))
         noise_BV = jax.vmap(_gumbel, (0, 0, None))(rows.seed, positions_B, logits_BV.shape[-1])
-        return jnp.argmax(jnp.where(kept_BV, scaled_BV + noise_BV, -jnp.inf), axis=-1).astype(jnp.int32)
+        return _largest(jnp.where(kept_BV, scaled_BV + noise_BV, -jnp.inf))
 
     drawn_B = jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: greedy_B)
     return jnp.where(rows.temperature > 0, drawn_B, greedy_B)
+
+
+def _largest(x_BV: Float[Array, "b v"]) -> Int[Array, "b"]:
+    """argmax, the first of equals; XLA on CPU gives `jnp.argmax` one core, and these two reductions all."""
+    ids_V = jnp.arange(x_BV.shape[-1], dtype=jnp.int32)
+    is_largest_BV = x_BV == jnp.max(x_BV, axis=-1, keepdims=True)
+    # A row with a NaN has no largest: its last token, as some id there must be.
+    return jnp.min(jnp.where(is_largest_BV, ids_V, ids_V[-1]), axis=-1)
 
 
 def quiet(rows: SamplingRows, live_B: Bool[Array, "b"]) -> SamplingRows:

@@ -46,10 +46,11 @@ def put_back(
     count_B: Int[Array, "b"],
     num_cells: int,
     shares: int,
+    after: Array | None = None,
 ) -> KVPool:
     """The pool with cells `start` to `start + count` of each row, as `kv_pool.put_back`."""
     if shares == 1:
-        return kv_pool.put_back(pool, cache, tables_BN, start_B, count_B, num_cells=num_cells)
+        return kv_pool.put_back(pool, cache, tables_BN, start_B, count_B, num_cells=num_cells, after=after)
     write = jax.vmap(partial(kv_pool.put_back, num_cells=num_cells))
     rows = (_own_tables(pool, tables_BN, shares), *_split((start_B, count_B), shares))
     return _joined(write(_split(pool, shares), _split(cache, shares), *rows))
