@@ -194,9 +194,11 @@ def prove_serve(planned: PlannedModel, run: ServeRun, target: Target) -> dict[st
         "programs": PROGRAMS,
         "slots": slots,
         "context": run.room,
+        "attention": None,
         "prompt": run.prompt,
         "precision": run.compute,
         "decode_steps": ServeConfig().decode_steps,
+        "page": ServeConfig().page,
         "hlo": None,
     }
     report = compile_elsewhere(request, compiled)

@@ -9,7 +9,6 @@ Source: libtpu 0.0.52; `gcompute/exam/compiled_serve.json` has the programs that
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from gcompute.config.architecture import Architecture, Attention, FeedForward, Layers
 from gcompute.config.mesh import MeshShape
@@ -19,23 +18,24 @@ from gcompute.plan.sizes import attention_params
 WIDE, NARROW = 4, 2
 LANES, SUBLANES = 128, 8
 MIB = 2**20
-# How often a layer's scores lie in memory while their softmax is computed, by the sides of the chip's matrix units: for
-# at most FUSED_KEYS keys, and for more. For a v6e (256) the compiler fuses all of the first; of the second it keeps
-# product and result, a constant as large as they are to mask with, and a mask of one byte a score.
-SCORE_ARRAYS = MappingProxyType({128: (2.0, 2.0), 256: (1.0, 3.25)})
-FUSED_KEYS = 2048
-USUAL_MATRIX_DIM = 128
-# They lie there once where VMEM has room for the other, and where a device has one key/value head: a product without a
-# batch of heads is fused with all of its softmax.
+# Cells of a page, and the steps of a dispatch, that the engine has by default.
+PAGE, STEPS = 16, 8
+# A request's biases, their ids and its stop ids, in three tiles' rows; its tokens are int32.
+SETTINGS_BYTES = 3 * LANES * WIDE
+# Of one prefill's scores, [N, T, T] in float32, device memory holds those of old cells, those of new ones, the
+# probabilities of both in two bytes, and masks; one alone where VMEM has room for the others.
+SCORE_ARRAYS, SCORE_ARRAYS_IN_VMEM = 4.0, 1.0
+# VMEM of a chip that is not known; a leaf of the pool that is larger than a share of it is gathered in device memory.
+USUAL_VMEM_BYTES = 128.0 * MIB
 SHARE_OF_VMEM = 0.5
+# Chips with matrix units of this side leave large gathers to their sparse cores.
+ASIDE_MATRIX_DIM = 256
 # The stream in float32, before and after a sum over devices.
 STREAMS = 2.0
 # Logits as they are, scaled, and with noise.
 LOGIT_ARRAYS = 3.0
-# The program itself lies in device memory, layer after layer, and small arrays beside it; that of a prefill grows with
-# its tokens, up to so many.
-DECODE_CODE_BYTES, PREFILL_CODE_BYTES = 2.6 * MIB, 6.5 * MIB
-TOKENS_IN_CODE = 1024
+# The program itself lies in device memory: so much a layer, and of a prefill so much more.
+DECODE_CODE_BYTES, PREFILL_CODE_BYTES, PREFILL_START_BYTES = 4.2 * MIB, 7.6 * MIB, 5.0 * MIB
 SMALLEST_BUCKET = 16
 
 
@@ -107,69 +107,178 @@ def bucket_of(prompt: int, room: int) -> int:
     return min(room, max(SMALLEST_BUCKET, 1 << (prompt - 1).bit_length()))
 
 
-def decode_workspace(
-    model: Architecture, mesh: MeshShape, *, rows: int, cells: int, weight_bytes: float, cache_bytes: float
-) -> float:
-    """Bytes beside weights and cache while `rows` requests on this device decode, each attending to `cells`.
+def pool_bytes(model: Architecture, mesh: MeshShape, *, rows: int, cells: int, cache_bytes: float) -> float:
+    """Bytes of the pages of `rows` requests of `cells` on one device at rest, with the page that belongs to nobody.
 
-    - The cache again, where H does not fill the lanes: at rest S is the last dim and nothing is padded; in the loop H
-      is, padded to 128, and K to its tile.
-    - The projections to q, k and v, where H does: their [D, N, H] is turned to [D, N H] once a dispatch.
-    - The embedding, where D does not fill the lanes: it is turned too. Logits, and the program.
+    Where H does not fill the lanes, pages are the last dim, in whole tiles: nothing else is padded.
     """
-    copies = sum(group.num * _copied_cache(group, mesh.tensor, rows * cells, cache_bytes) for group in model.layers)
+    total = 0.0
+    for group in model.layers:
+        pages = rows * -(-_windowed(group.attention, cells) // PAGE) + 1
+        at_rest = pages if _fills_lanes(group.attention) else padded(pages, LANES)
+        total += group.num * cache_bytes * at_rest * PAGE * _values_of_cell(group.attention, mesh.tensor)
+    return total
+
+
+def request_bytes(requests: int, cells: int) -> float:
+    """Bytes of the tokens and settings of all requests, which are whole on every device."""
+    return requests * (WIDE * cells + SETTINGS_BYTES)
+
+
+def decode_workspace(
+    model: Architecture,
+    mesh: MeshShape,
+    *,
+    rows: int,
+    cells: int,
+    weight_bytes: float,
+    cache_bytes: float,
+    chip: Chip | None = None,
+) -> float:
+    """Bytes beside weights and pool while `rows` requests on this device decode, each attending to `cells`.
+
+    - What a dispatch gathers: a copy of all cells of its rows in all layers, and new cells of their own in float32.
+    - One leaf of it as its pages lie, before heads go first, where VMEM has no room for it or another core gathers.
+    - Where H does not fill the lanes and each head has keys of its own: H is padded in that copy, and the whole pool is
+      there a second time, padded, from reading it to writing it: its layout at rest is good for neither. Where heads
+      share keys, only a core beside needs it, before the copy is there.
+    - The projections to q, k and v, where H fills the lanes: their [D, N, H] is turned to [D, N H] once a dispatch.
+    - The embedding, where D does not fill the lanes: it is turned too. Logits, one layer's scores, and the program.
+    """
+    leaves = [_copied(group.attention, mesh.tensor, rows, cells, cache_bytes) for group in model.layers]
+    copies = sum(group.num * both for group, both in zip(model.layers, leaves, strict=True))
+    one_leaf = max(leaves) / 2
+    gathered = one_leaf if _gathers_aside(chip) or one_leaf > SHARE_OF_VMEM * _vmem_bytes(chip) else 0.0
+    new = sum(group.num * _new_cells(group.attention, mesh.tensor, rows * STEPS) for group in model.layers)
+    pools = held_pools(model, mesh, rows=rows, cells=cells, cache_bytes=cache_bytes)
+    if pools == 0.0 and _gathers_aside(chip):
+        tiled = [
+            (group.num, _tiled_pool(group.attention, mesh.tensor, rows, cells, cache_bytes))
+            for group in model.layers
+            if not _fills_lanes(group.attention)
+        ]
+        copies = max(
+            copies + gathered,
+            sum(num * both for num, both in tiled) + max((both for _, both in tiled), default=0.0) / 2,
+        )
+        gathered = 0.0
     turned = sum(group.num * _turned(group.attention, model.dim, mesh.tensor) for group in model.layers)
     embedding = model.vocab / mesh.tensor * padded(model.dim, LANES) if model.dim % LANES else 0.0
     logits = LOGIT_ARRAYS * WIDE * rows * model.vocab / mesh.tensor
+    scores = max(WIDE * rows * cells * group.attention.heads / mesh.tensor for group in model.layers)
     code = DECODE_CODE_BYTES * model.num_layers
-    return copies + weight_bytes * (turned + embedding) + logits + code
+    return copies + gathered + new + pools + weight_bytes * (turned + embedding) + logits + scores + code
 
 
 def prefill_workspace(
-    model: Architecture, mesh: MeshShape, *, tokens: int, cache_bytes: float, chip: Chip | None
+    model: Architecture,
+    mesh: MeshShape,
+    *,
+    tokens: int,
+    cache_bytes: float,
+    chip: Chip | None,
+    rows: int,
+    cells: int,
 ) -> float:
-    """Bytes beside weights and cache while one prompt, padded to `tokens`, is read on a device of `chip`.
+    """Bytes beside weights and pool while a chunk of `tokens` of one prompt is read on a device of `chip`, attending to
+    as many cells; its pool has room for `rows` requests of `cells`.
 
-    - The scores of one layer's heads, [N, T, T] in float32, and a mask; or what the feed-forward layer makes of all
+    - The scores of one layer's heads, [N, T, T] in float32, several times; or what the feed-forward layer makes of all
       tokens, whichever is more; the stream in float32.
-    - New keys and values of all layers: XLA puts off writing them into the cache.
+    - The row's cells as they are gathered, and new keys and values of all layers, which are put back when the token is
+      chosen.
+    - Where H does not fill the lanes, keys and values of one layer of the pool, padded: to read them in pages; of all
+      layers where each head has keys of its own, as in `decode_workspace`.
+    - The embedding, where D does not fill the lanes, turned.
     """
     widest = max(_layer(group, model.dim, mesh, tokens, chip) for group in model.layers)
-    kept = sum(group.num * _padded_cache(group.attention, mesh.tensor, tokens, cache_bytes) for group in model.layers)
+    kept = sum(
+        group.num
+        * (
+            _copied(group.attention, mesh.tensor, 1, tokens, cache_bytes)
+            + _new_cells(group.attention, mesh.tensor, tokens)
+        )
+        for group in model.layers
+    )
+    one_read = max(
+        0.0 if _fills_lanes(group.attention) else _tiled_pool(group.attention, mesh.tensor, rows, cells, cache_bytes)
+        for group in model.layers
+    )
+    read = held_pools(model, mesh, rows=rows, cells=cells, cache_bytes=cache_bytes) or one_read
+    embedding = NARROW * model.vocab / mesh.tensor * padded(model.dim, LANES) if model.dim % LANES else 0.0
     streams = STREAMS * WIDE * tokens * model.dim
-    code = PREFILL_CODE_BYTES * min(1.0, tokens / TOKENS_IN_CODE) * model.num_layers
-    return widest + kept + streams + code
+    code = PREFILL_START_BYTES + PREFILL_CODE_BYTES * model.num_layers
+    return widest + kept + read + embedding + streams + code
+
+
+def held_pools(model: Architecture, mesh: MeshShape, *, rows: int, cells: int, cache_bytes: float) -> float:
+    """Bytes of the pool of those layers that XLA keeps a second time, padded, while a program runs."""
+    return sum(
+        group.num * _tiled_pool(group.attention, mesh.tensor, rows, cells, cache_bytes)
+        for group in model.layers
+        if _one_query_a_key(group.attention)
+    )
+
+
+def _gathers_aside(chip: Chip | None) -> bool:
+    """Whether XLA leaves large gathers to the sparse cores, which read and write device memory: on v6e it does."""
+    return chip is not None and chip.matrix_dim == ASIDE_MATRIX_DIM
+
+
+def _vmem_bytes(chip: Chip | None) -> float:
+    return (chip.vmem_bytes if chip is not None else None) or USUAL_VMEM_BYTES
 
 
 def _layer(group: Layers, dim: int, mesh: MeshShape, tokens: int, chip: Chip | None) -> float:
     attention, fed = group.attention, group.feed_forward
     one = WIDE * attention.heads / mesh.tensor * tokens**2
-    vmem_bytes = (chip.vmem_bytes if chip is not None else None) or 0.0
-    side = (chip.matrix_dim if chip is not None else None) or USUAL_MATRIX_DIM
-    short, long = SCORE_ARRAYS.get(side, SCORE_ARRAYS[USUAL_MATRIX_DIM])
-    once = one <= SHARE_OF_VMEM * vmem_bytes or split_heads(attention.kv_heads, mesh.tensor) == 1
-    arrays = 1.0 if once else long if tokens > FUSED_KEYS else short
-    mask = attention.heads / attention.kv_heads * tokens**2
+    arrays = SCORE_ARRAYS_IN_VMEM if one < _vmem_bytes(chip) else SCORE_ARRAYS
     width = fed.num_up * (fed.width * fed.rows_per_token / mesh.expert + fed.shared_width) / mesh.tensor
     # What experts are given, and what they give, of all experts on every device.
     exchanged = 2 * NARROW * fed.rows_per_token * dim if fed.experts else 0.0
-    return max(arrays * one + mask, tokens * (WIDE * width + exchanged))
+    return max(arrays * one, tokens * (WIDE * width + exchanged))
 
 
-def _copied_cache(group: Layers, tensor: int, tokens: int, cache_bytes: float) -> float:
-    fills_lanes = group.attention.head_dim % LANES == 0 or group.attention.kv_rank is not None
-    return 0.0 if fills_lanes else _padded_cache(group.attention, tensor, tokens, cache_bytes)
+def _fills_lanes(attention: Attention) -> bool:
+    return attention.head_dim % LANES == 0 or attention.kv_rank is not None
 
 
-def _padded_cache(attention: Attention, tensor: int, tokens: int, cache_bytes: float) -> float:
-    """Bytes of one layer's keys and values with H last, in whole tiles."""
+def _one_query_a_key(attention: Attention) -> bool:
+    return not _fills_lanes(attention) and attention.heads == attention.kv_heads
+
+
+def _values_of_cell(attention: Attention, tensor: int) -> float:
+    """Values of one layer's keys and values of one token on one device."""
+    if attention.kv_rank is not None:
+        return attention.kv_rank + attention.rope_dim
+    return split_heads(attention.kv_heads, tensor) * (attention.head_dim + attention.value_size)
+
+
+def _windowed(attention: Attention, tokens: int) -> int:
+    return min(tokens, attention.window or tokens)
+
+
+def _copied(attention: Attention, tensor: int, rows: int, cells: int, cache_bytes: float) -> float:
+    """Bytes of one layer's keys and values in a gathered copy. With several queries a key, S is the last dim."""
+    tokens = rows * _windowed(attention, cells)
     if attention.kv_rank is not None:
         return cache_bytes * tokens * padded(attention.kv_rank + attention.rope_dim, LANES)
+    values = _values_of_cell(attention, tensor)
+    if _one_query_a_key(attention):
+        values = split_heads(attention.kv_heads, tensor) * sum(_lanes(attention))
+    return cache_bytes * tokens * values
+
+
+def _new_cells(attention: Attention, tensor: int, tokens: int) -> float:
+    """Bytes of one layer's new cells: float32."""
+    return WIDE * tokens * _values_of_cell(attention, tensor)
+
+
+def _tiled_pool(attention: Attention, tensor: int, rows: int, cells: int, cache_bytes: float) -> float:
+    """Bytes of one layer's pages with [K, H] last, in whole tiles of 1, 2, 4 or 8 rows."""
     kv_heads = split_heads(attention.kv_heads, tensor)
-    # A tile has 1, 2, 4 or 8 rows.
-    rows = padded(kv_heads, min(SUBLANES, 1 << (kv_heads - 1).bit_length()))
-    window = attention.window or tokens
-    return cache_bytes * min(tokens, window) * rows * sum(_lanes(attention))
+    tiled = padded(kv_heads, min(SUBLANES, 1 << (kv_heads - 1).bit_length()))
+    return cache_bytes * rows * _windowed(attention, cells) * tiled * sum(_lanes(attention))
 
 
 def _lanes(attention: Attention) -> Iterator[int]:

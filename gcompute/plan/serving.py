@@ -17,7 +17,17 @@ from gcompute.plan.collectives import all_reduce_s, all_to_all_s
 from gcompute.plan.efficiency import Device, Efficiency, device_of, efficiency_of, operation_s
 from gcompute.plan.links import routes
 from gcompute.plan.operations import Operation, Rows, block_forward, output_forward
-from gcompute.plan.serve_workspace import bucket_of, decode_workspace, prefill_workspace, split_heads, weights_here
+from gcompute.plan.serve_workspace import (
+    PAGE,
+    bucket_of,
+    decode_workspace,
+    padded,
+    pool_bytes,
+    prefill_workspace,
+    request_bytes,
+    split_heads,
+    weights_here,
+)
 from gcompute.plan.sizes import cache_bytes, sizes
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "float8": 1.0}
@@ -155,27 +165,34 @@ def cache_of_one(run: ServeRun, tokens: int) -> float:
 
 
 def serve_memory(run: ServeRun, target: Target) -> ServeMemory:
-    """Predict the bytes on one device: weights, the caches of its share of the requests, and what the engine's prefill
-    and decode need beside them. Matrices are in `run.weights`, norms, biases and routers in float32."""
-    here = math.ceil(run.concurrency / run.replicas)
+    """Predict the bytes on one device: weights, the pool of its share of the requests and rows of all, and what the
+    engine's prefill and decode need beside them. Matrices are in `run.weights`, norms, biases and routers in
+    float32."""
+    rows, cells = math.ceil(run.concurrency / run.replicas), padded(run.room, PAGE)
+    tokens = bucket_of(padded(run.prompt, PAGE), cells)
     return ServeMemory(
         weights_bytes=weights_here(run.model, run.mesh).num_bytes(run.weight_bytes),
-        cache_bytes=here * cache_of_one(run, run.room),
+        cache_bytes=pool_bytes(run.model, run.mesh, rows=rows, cells=cells, cache_bytes=run.cache_bytes)
+        + request_bytes(rows * run.replicas, cells),
         prefill_bytes=prefill_workspace(
             run.model,
             run.mesh,
-            tokens=bucket_of(run.prompt, run.room),
+            tokens=tokens,
+            cache_bytes=run.cache_bytes,
+            chip=target.known,
+            rows=rows,
+            cells=cells,
+        ),
+        decode_bytes=decode_workspace(
+            run.model,
+            run.mesh,
+            rows=rows,
+            cells=cells,
+            weight_bytes=run.weight_bytes,
             cache_bytes=run.cache_bytes,
             chip=target.known,
         ),
-        decode_bytes=_decode_bytes(run, here),
         available_bytes=target.hbm_bytes,
-    )
-
-
-def _decode_bytes(run: ServeRun, rows: int) -> float:
-    return decode_workspace(
-        run.model, run.mesh, rows=rows, cells=run.room, weight_bytes=run.weight_bytes, cache_bytes=run.cache_bytes
     )
 
 
@@ -185,15 +202,19 @@ def most_concurrency(run: ServeRun, target: Target) -> int:
     Raises:
       ValueError: the target's memory is not known.
     """
-    memory = serve_memory(run, target)
-    if memory.available_bytes is None:
+    available = serve_memory(run, target).available_bytes
+    if available is None:
         raise ValueError(f"how much memory a device of {target} has is not known.")
-    room = memory.available_bytes * USABLE - memory.weights_bytes
-    cache, fixed = cache_of_one(run, run.room), _decode_bytes(run, 0)
-    # A prefill needs as much whatever runs beside it; a decode more for each request.
-    by_prefill = (room - memory.prefill_bytes) // cache
-    by_decode = (room - fixed) // (cache + _decode_bytes(run, 1) - fixed)
-    return max(0, int(min(by_prefill, by_decode))) * run.replicas
+
+    def fits(rows: int) -> bool:
+        return rows == 0 or serve_memory(dataclasses.replace(run, concurrency=rows * run.replicas), target).fits
+
+    # Memory rises with each request, by its pages at least.
+    low, high = 0, 1 + int(available // cache_of_one(run, run.room))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * run.replicas
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

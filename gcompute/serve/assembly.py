@@ -157,6 +157,8 @@ def memory_budget(
                 run.model,
                 mesh,
                 tokens=min(serve.chunk, longest),
+                rows=rows,
+                cells=longest,
                 cache_bytes=jnp.dtype(COMPUTE[value]).itemsize,
                 chip=None,
             ),

@@ -49,7 +49,9 @@ def test_memory_against_the_tpu_compiler(parts):
 
 def test_memory_of_serving(parts):
     part = parts["serve memory, TPU compiler"]
-    assert len(part.cases) >= 30
+    # Programs of few layers, of the engine that keeps keys and values in pages.
+    assert len(part.cases) >= 16
+    assert {"v5e", "v5p", "v6e"} <= set(part.examined()["chip"])
     assert (part.median <= MEMORY_LIMITS[0], part.worst <= MEMORY_LIMITS[1], part.wrong_fits) == (True, True, 0)
     assert any(not one.fits for one in compiled_serve())
 
