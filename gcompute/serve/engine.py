@@ -10,6 +10,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -59,12 +60,11 @@ class Engine:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab}: give the model's own."
             )
-        draft_params, draft_config = draft or (None, None)
-        shape = engine_shape(config, serve, draft_config)
+        shape = engine_shape(config, serve, draft[1] if draft else None)
         self.config = config
         self.tokenizer = tokenizer
         self.max_context = shape.limits.max_context
-        self._runner = Runner(params, shape, draft_params)
+        self._runner = Runner(params, shape, draft[0] if draft else None)
         self._scheduler = Scheduler(shape.limits)
         self.max_choices = serve.max_queue + serve.slots
         # Guards all below; the engine's thread holds it only to decide and to record, never while the device runs.
@@ -76,7 +76,7 @@ class Engine:
         self._next_id = 0
         self._observers: list[Callable[[Finished], None]] = []
         self._last = LastDecode()
-        self._counts = dict.fromkeys(("decode_steps", "prompt_tokens", "output_tokens", "drafted", "accepted"), 0)
+        self._counts: Counter[str] = Counter()
         self._thread: threading.Thread | None = None
 
     # Life ------------------------------------------------------------------------------------------------------------
