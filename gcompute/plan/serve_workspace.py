@@ -36,7 +36,7 @@ STREAMS = 2.0
 LOGIT_ARRAYS = 3.0
 # The program itself lies in device memory: so much a layer, and of a prefill so much more.
 DECODE_CODE_BYTES, PREFILL_CODE_BYTES, PREFILL_START_BYTES = 4.2 * MIB, 7.6 * MIB, 5.0 * MIB
-SMALLEST_BUCKET = 16
+SMALLEST_BUCKET = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ def _feed_forward(fed: FeedForward, dim: int, mesh: MeshShape) -> tuple[float, f
 
 
 def bucket_of(prompt: int, room: int) -> int:
-    """The tokens that a prefill of `prompt` is padded to: a power of 2, at least 16, at most `room`.
+    """The tokens that a prefill of `prompt` is padded to: a power of 2, at least 32, at most `room`.
 
     >>> bucket_of(500, 4096), bucket_of(3000, 4000)
     (512, 4000)

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-SMALLEST_BUCKET = 16
+# Smaller ones would save little time and cost as much compiling as large ones.
+SMALLEST_BUCKET = 32
 # Up to so many rows reading the weights is all the work, on any device; `few_rows` has products for them.
 FEW_ROWS = 4
 
@@ -17,10 +18,10 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def make_buckets(largest: int, multiple: int = 1) -> tuple[int, ...]:
-    """Powers of two from 16 up, rounded up to `multiple`, and `largest` rounded up, always the last.
+    """Powers of two from 32 up, rounded up to `multiple`, and `largest` rounded up, always the last.
 
     >>> make_buckets(100), make_buckets(100, 16), make_buckets(100, 48)
-    ((16, 32, 64, 100), (16, 32, 64, 112), (48, 96, 144))
+    ((32, 64, 100), (32, 64, 112), (48, 96, 144))
     """
     last = round_up(largest, multiple)
     sizes = []

@@ -134,7 +134,7 @@ def test_a_copy_that_vmem_has_no_room_for_is_gathered_beside_itself():
     assert workspace(33, "v6e:1x1") == workspace(33, "v5e:1x1")
 
 
-@pytest.mark.parametrize(("prompt", "room", "bucket"), [(1, 4096, 16), (17, 4096, 32), (2048, 4096, 2048), (9, 9, 9)])
+@pytest.mark.parametrize(("prompt", "room", "bucket"), [(1, 4096, 32), (33, 4096, 64), (2048, 4096, 2048), (9, 9, 9)])
 def test_buckets_are_those_of_the_engine(prompt: int, room: int, bucket: int):
     from gcompute.serve.buckets import make_buckets
 

@@ -31,11 +31,11 @@ ALONE = replace(LIMITS, slots=1)
 
 
 def test_buckets_are_powers_of_two_that_end_at_the_context():
-    assert make_buckets(256) == (16, 32, 64, 128, 256)
-    assert make_buckets(100) == (16, 32, 64, 100)
+    assert make_buckets(256) == (32, 64, 128, 256)
+    assert make_buckets(100) == (32, 64, 100)
     assert make_buckets(2) == (2,)
-    assert LIMITS.buckets == (16, 32, 64)
-    assert replace(LIMITS, max_context=60, drafts=5).buckets == (16, 32, 64, 72)
+    assert LIMITS.buckets == (32, 64)
+    assert replace(LIMITS, max_context=60, drafts=5).buckets == (32, 64, 72)
 
 
 def test_limits_that_contradict_themselves_are_refused():
@@ -53,7 +53,7 @@ def test_waiting_requests_fill_free_slots_before_anything_decodes():
     first = plan.next_work()
     assert isinstance(first, Prefill)
     assert first == Prefill(
-        request_id=0, slot=0, pages=(1,), start=0, num_tokens=5, chunk=16, bucket=16, first=True, last=True
+        request_id=0, slot=0, pages=(1,), start=0, num_tokens=5, chunk=32, bucket=32, first=True, last=True
     )
     plan.record_prefill(first, 7)
     second = plan.next_work()
@@ -72,9 +72,9 @@ def test_waiting_requests_fill_free_slots_before_anything_decodes():
 
 def test_a_dispatch_never_leaves_its_length_bucket_nor_exceeds_the_largest_need():
     model = PoolModel(replace(ALONE, decode_steps=8))
-    model.arrive([0] * 14, 12)
+    model.arrive([0] * 30, 12)
     decodes = [(work.num_steps, work.bucket) for work in model.finish() if isinstance(work, Decode)]
-    assert decodes == [(2, 16), (8, 32), (1, 32)]
+    assert decodes == [(2, 32), (8, 64), (1, 64)]
 
 
 def test_the_queue_is_bounded_beyond_what_slots_can_take():
@@ -213,7 +213,7 @@ def test_deterministic_rows_of_one_dispatch_have_one_bucket_and_buckets_take_tur
     model.arrive([2], 12)
     decodes = [work for work in model.finish() if isinstance(work, Decode)]
     assert {len(work.rows) for work in decodes} == {3}
-    assert [work.bucket for work in decodes[:4]] == [16, 64, 16, 64]
+    assert [work.bucket for work in decodes[:4]] == [32, 64, 32, 64]
     assert [row.request_id for row in decodes[0].rows if row] == [0, 2]
 
 
