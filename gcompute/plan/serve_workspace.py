@@ -141,7 +141,7 @@ def decode_workspace(
     - One leaf of it as its pages lie, before heads go first, where VMEM has no room for it or another core gathers.
     - Where H does not fill the lanes and each head has keys of its own: H is padded in that copy, and the whole pool is
       there a second time, padded, from reading it to writing it: its layout at rest is good for neither. Where heads
-      share keys, only a core beside needs it, before the copy is there.
+      share keys, that is there when the copy no longer is, less what VMEM holds; or not yet if another core gathers.
     - The projections to q, k and v, where H fills the lanes: their [D, N, H] is turned to [D, N H] once a dispatch.
     - The embedding, where D does not fill the lanes: it is turned too. Logits, one layer's scores, and the program.
     """
@@ -151,17 +151,10 @@ def decode_workspace(
     gathered = one_leaf if _gathers_aside(chip) or one_leaf > SHARE_OF_VMEM * _vmem_bytes(chip) else 0.0
     new = sum(group.num * _new_cells(group.attention, mesh.tensor, rows * STEPS) for group in model.layers)
     pools = held_pools(model, mesh, rows=rows, cells=cells, cache_bytes=cache_bytes)
-    if pools == 0.0 and _gathers_aside(chip):
-        tiled = [
-            (group.num, _tiled_pool(group.attention, mesh.tensor, rows, cells, cache_bytes))
-            for group in model.layers
-            if not _fills_lanes(group.attention)
-        ]
-        copies = max(
-            copies + gathered,
-            sum(num * both for num, both in tiled) + max((both for _, both in tiled), default=0.0) / 2,
-        )
-        gathered = 0.0
+    if pools == 0.0:
+        tiled, largest = _turned_pools(model, mesh, rows=rows, cells=cells, cache_bytes=cache_bytes)
+        turned_pools = tiled + largest / 2 if _gathers_aside(chip) else tiled - SHARE_OF_VMEM * _vmem_bytes(chip)
+        copies, gathered = max(copies + gathered, turned_pools), 0.0
     turned = sum(group.num * _turned(group.attention, model.dim, mesh.tensor) for group in model.layers)
     embedding = model.vocab / mesh.tensor * padded(model.dim, LANES) if model.dim % LANES else 0.0
     logits = LOGIT_ARRAYS * WIDE * rows * model.vocab / mesh.tensor
@@ -218,6 +211,18 @@ def held_pools(model: Architecture, mesh: MeshShape, *, rows: int, cells: int, c
         for group in model.layers
         if _one_query_a_key(group.attention)
     )
+
+
+def _turned_pools(
+    model: Architecture, mesh: MeshShape, *, rows: int, cells: int, cache_bytes: float
+) -> tuple[float, float]:
+    """Bytes of the pool in whole tiles where H does not fill the lanes: of all layers, and of one."""
+    each = [
+        (group.num, _tiled_pool(group.attention, mesh.tensor, rows, cells, cache_bytes))
+        for group in model.layers
+        if not _fills_lanes(group.attention)
+    ]
+    return sum(num * both for num, both in each), max((both for _, both in each), default=0.0)
 
 
 def _gathers_aside(chip: Chip | None) -> bool:
