@@ -16,7 +16,8 @@ from gcompute.config.serve import ServeConfig
 
 NOTHING_SERVED = 1
 # Where the server listens, and what no benchmark should run into.
-SERVER_OWN = ("host", "port", "timeout_s", "max_body_bytes")
+# Mesh and dtypes that are given are the plan's.
+SERVER_OWN = ("host", "port", "timeout_s", "max_body_bytes", "mesh", "weights", "kv")
 
 
 class BenchServeCommand(SectionedCommand):
@@ -63,7 +64,7 @@ def command(
     load = LoadConfig(**given(LoadConfig, values))
     prompts = PromptConfig(**given(PromptConfig, values))
     plan = PlanConfig(**given(PlanConfig, values))
-    serve = given(ServeConfig, values)
+    serve = {key: value for key, value in given(ServeConfig, values).items() if key not in SERVER_OWN}
     more = _more_fields(prompts.body)
     from gcompute.cli.planning import check_picture, check_positive
     from gcompute.serve.load_report import Slo
