@@ -1,7 +1,6 @@
 """What a benchmark shows on a terminal: a bar while it runs, then tables of measured beside predicted."""
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from gcompute.cli.bench_session import Bench, Point
 from gcompute.cli.planning import dollars, seconds, two_columns, wide_console
+from gcompute.cli.progress import Shown
 from gcompute.serve.load import Arrivals
 from gcompute.serve.load_report import LATE_S, Spread
 from gcompute.serve.load_run import Progress as Now
@@ -20,7 +20,7 @@ HEAVY_CLIENT = 0.25
 FEW_REQUESTS = 100
 
 
-class LoadProgress:
+class LoadProgress(Shown):
     """A bar for the load that runs, on a terminal; elsewhere one line as each begins."""
 
     def __init__(self, console: Console):
@@ -35,15 +35,6 @@ class LoadProgress:
             refresh_per_second=4,
             disable=not console.is_terminal,
         )
-
-    def __enter__(self) -> "LoadProgress":
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.stop()
 
     def watch(self, arrivals: Arrivals, num_requests: int | None) -> Callable[[Now], None]:
         """What hears how far the next load is."""

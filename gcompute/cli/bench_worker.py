@@ -8,10 +8,10 @@ then {"ready": ...}, or {"error": ...} for what was asked wrongly. A second line
 import dataclasses
 import json
 import os
-import signal
 import sys
 from typing import Any
 
+from gcompute.cli.answers import open_answers
 from gcompute.cli.environment import quiet_backends, use_compilation_cache
 from gcompute.config.fields import to_plain
 from gcompute.config.serve import ServeConfig
@@ -19,15 +19,7 @@ from gcompute.config.serve import ServeConfig
 
 def main() -> None:
     """Serve what standard input asks for."""
-    # Ctrl-C in a terminal reaches this process too: the one who asked decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # Nothing else may write between the answers.
-    os.dup2(2, 1)
-
-    def tell(**answer: Any) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
-
+    tell = open_answers()
     request = json.loads(sys.stdin.readline())
     try:
         serve_checkpoint(request, tell)

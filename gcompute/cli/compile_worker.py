@@ -7,12 +7,12 @@ this process ends too. It writes one JSON object a line to standard output: {"do
 
 import json
 import os
-import signal
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+from gcompute.cli.answers import open_answers
 from gcompute.cli.run_directory import run_from_plain
 from gcompute.config.mesh import MeshShape
 from gcompute.config.presets import model_from_dict
@@ -21,15 +21,7 @@ from gcompute.hardware.target import Target
 
 def main() -> None:
     """Compile what standard input asks for."""
-    # Ctrl-C reaches this process too: the one who asked decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # libtpu and XLA must not write between the answers.
-    os.dup2(2, 1)
-
-    def tell(**answer: Any) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
-
+    tell = open_answers()
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_asker, daemon=True).start()
     from gcompute.aot.compiler import CompilerError

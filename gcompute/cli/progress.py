@@ -1,6 +1,7 @@
 """Progress bars on standard error: training with loss, tokens/s, MFU and time left; other long work with a count."""
 
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -23,7 +24,22 @@ def duration(seconds: float) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
 
 
-class WorkProgress:
+class Shown:
+    """What shows a bar, its `progress`, inside a with block."""
+
+    progress: Progress
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+
+class WorkProgress(Shown):
     """A bar for work that reports (what, done, total)."""
 
     def __init__(self, console: Console):
@@ -36,22 +52,13 @@ class WorkProgress:
         )
         self.tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> "WorkProgress":
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.stop()
-
     def __call__(self, what: str, done: int, total: int) -> None:
         if what not in self.tasks:
             self.tasks[what] = self.progress.add_task(what, total=total)
         self.progress.update(self.tasks[what], completed=done, total=total)
 
 
-class TrainProgress:
+class TrainProgress(Shown):
     """Watches a training loop. On a terminal, one live bar; elsewhere, a line every `log_every` steps."""
 
     def __init__(self, console: Console, *, log_every: int):
@@ -67,15 +74,6 @@ class TrainProgress:
         )
         self.task: TaskID | None = None
         self.logged = 0
-
-    def __enter__(self) -> "TrainProgress":
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.stop()
 
     def __call__(self, event: Event) -> None:
         match event:

@@ -72,8 +72,11 @@ def forward(
         q_BTNH, k_BTKH, v_BTKH = _queries_keys_values(weights, normed_BTD, rotary, product, config, execution)
         cache = store(cache, layer, k_BTKH, v_BTKH, positions_BT)
         # Left free, XLA may split whole heads for the product after it, and gather the cells to give it back.
-        attend_as = attend_ordered if ordered else attend
-        o_BTNH = constrain(placement, attend_as(q_BTNH, cache, layer, visible, execution.compute), "BTNH")
+        if ordered:
+            o_BTNH = attend_ordered(q_BTNH, cache, layer, positions_BT, execution.compute)
+        else:
+            o_BTNH = attend(q_BTNH, cache, layer, visible, execution.compute)
+        o_BTNH = constrain(placement, o_BTNH, "BTNH")
         mixed_BTD = _attention_output(weights, o_BTNH, product, config, execution)
         x_BTD = constrain(placement, x_BTD + constrain(placement, mixed_BTD.astype(x_BTD.dtype), "BRD"), "BRD")
         normed_BTD = constrain(placement, _norm(config, weights["mlp_norm"], x_BTD), "BTD")
@@ -121,18 +124,12 @@ def attend_ordered(
     q_BTNH: Float[Array, "b t n h"],
     cache: RowCache,
     layer: int,
-    visible: tuple[Bool[Array, "b t s"], Bool[Array, "b t c"]],
+    positions_BT: Int[Array, "b t"],
     compute: jnp.dtype,
 ) -> Float[Array, "b t n h"]:
     """As `attend`, over the cells in their order."""
-    k_BKSH, v_BKSH = in_order(cache, layer)
-    # What an old cell shows, one that stands in a new cell's place does not: see where each new cell lies.
-    old_BTS, new_BTC = visible
-    at_BS = jnp.clip(jnp.arange(cache.length) - cache.start_B[:, None], 0, cache.num_new - 1)
-    from_BS = jnp.arange(cache.length) - cache.start_B[:, None]
-    moved_BTS = jnp.take_along_axis(new_BTC, at_BS[:, None], axis=2)
-    visible_BTS = jnp.where(((from_BS >= 0) & (from_BS < cache.num_new))[:, None], moved_BTS, old_BTS)
-    return model_attend(q_BTNH, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), visible_BTS, compute)
+    k_BSKH, v_BSKH = (cells.swapaxes(1, 2) for cells in in_order(cache, layer))
+    return model_attend(q_BTNH, k_BSKH, v_BSKH, jnp.arange(cache.length) <= positions_BT[..., None], compute)
 
 
 def apply(

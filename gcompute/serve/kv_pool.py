@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Int
 from gcompute.config.model import ModelConfig
 from gcompute.serve.int8 import dequantize, quantize, round_to
 
-GARBAGE_PAGE = 0
 # A dispatch does not know where its rows start until its first step says so.
 NOT_STARTED = -1
 # The dims of pages, of their scales and of a cache's cells as letters, for rules that lay arrays out on a mesh.

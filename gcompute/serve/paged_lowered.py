@@ -14,9 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gcompute.config.mesh import MeshShape
 from gcompute.config.model import ModelConfig
-from gcompute.model.transformer import Execution, abstract_params, param_dims
+from gcompute.model.transformer import Execution
 from gcompute.parallel.mesh import use_mesh
-from gcompute.parallel.rules import param_shardings
 from gcompute.serve.assembly import COMPUTE
 from gcompute.serve.lowered import PAGE, check_serve
 from gcompute.serve.paged_attention import POOL_DIMS, Kernel, check_kernel
@@ -30,8 +29,7 @@ from gcompute.serve.paged_model import (
     mixed_step,
     no_rows,
 )
-from gcompute.serve.placement import ServingPlacement, serving_mesh
-from gcompute.serve.weights import Layout, serving_weights
+from gcompute.serve.placement import ServingPlacement, placed_weights, serving_mesh
 
 PagedProgram = Literal["mixed", "decode"]
 
@@ -75,7 +73,8 @@ def lower_paged(
         num_pages=num_pages or slots * pages_per_row + shape.data,
         page=page,
     )
-    params, pools = _abstract_params(paged, placement), _abstract_pools(paged, placement)
+    params = placed_weights(config, paged.execution.compute, placement)
+    pools = _abstract_pools(paged, placement)
     pool_shardings = jax.tree.map(lambda leaf: leaf.sharding, pools)
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -123,22 +122,6 @@ def _check(
         head_size=config.head_size,
         dtype=COMPUTE[precision],
         tensor=shape.tensor,
-    )
-
-
-def _abstract_params(shape: PagedShape, placement: ServingPlacement) -> Any:
-    """The parameters as the engine keeps them, each laid out by its rule."""
-    config = shape.model
-    lay_out = partial(serving_weights, config=config, compute=shape.execution.compute, layout=Layout.PLAIN)
-    abstract = jax.eval_shape(lay_out, abstract_params(config))
-    dims = param_dims(config)
-    block = jax.tree.map(lambda letters: letters.removeprefix("L"), dims["blocks"])
-    dims = {**dims, "blocks": dict.fromkeys(range(config.layers), block)}
-    if "K" in placement.whole:
-        dims = jax.tree.map(lambda letters: letters.replace("K", "_"), dims)
-    shardings = param_shardings(dims, placement.mesh, placement.shape, abstract=abstract)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )
 
 

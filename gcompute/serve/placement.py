@@ -23,7 +23,7 @@ from gcompute.parallel.rules import ACTIVATION_RULES, Rules, param_shardings
 from gcompute.plan.serving import check_serving_mesh
 from gcompute.serve.kv_pool import PAGE_DIMS, PAGE_SCALE_DIMS
 from gcompute.serve.state import EngineShape, EngineState, Weights, empty_state
-from gcompute.serve.weights import serving_weights
+from gcompute.serve.weights import Layout, serving_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +102,12 @@ def abstract_weights(shape: EngineShape) -> Weights:
 
 
 def _placed_weights(shape: EngineShape, config: ModelConfig) -> Any:
-    placement = _placement(shape)
-    lay_out = partial(serving_weights, config=config, compute=shape.execution.compute, layout=shape.layout)
+    return placed_weights(config, shape.execution.compute, _placement(shape))
+
+
+def placed_weights(config: ModelConfig, compute: Any, placement: ServingPlacement) -> Any:
+    """One model's weights in the plain layout, each with its sharding, without their values."""
+    lay_out = partial(serving_weights, config=config, compute=compute, layout=Layout.PLAIN)
     abstract = jax.eval_shape(lay_out, abstract_params(config))
     dims = param_dims(config)
     block = jax.tree.map(lambda letters: letters.removeprefix("L"), dims["blocks"])

@@ -2,8 +2,8 @@
 
 admit tells a slot of its request. prefill[chunk, bucket] reads a chunk of one prompt. decode[rows, bucket] takes up to
 `num_steps` steps for some rows, attending to `bucket` cells of each; speculate[rows, bucket] does so with drafts (see
-`speculation`). swap_out[bucket] and swap_in[bucket] take pages to
-the host and back. Whatever belongs to a request is data, so these and `init` are all the programs.
+`speculation`). swap_out[bucket] and swap_in[bucket] take pages to the host and back. Whatever belongs to a request is
+data, so these and `init` are all the programs.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ from gcompute.serve.kv_pool import KVPool, RowCache
 from gcompute.serve.placement import one_row
 from gcompute.serve.sampler import quiet, sample
 from gcompute.serve.shares import gather, put_back
-from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows
+from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows, with_tokens
 
 
 def admit(state: EngineState, slot: Int[Array, ""], row: Rows) -> EngineState:
@@ -85,13 +85,8 @@ def prefill(
     choices = Choices.empty(1, 1, shape.model.vocab).put(
         zero_1, zero_1, jnp.where(last_1, token_1, NO_TOKEN), logits_1V, row.reported & last_1
     )
-    row = replace(
-        row,
-        history=row.history.at[0, jnp.where(last_1, length_1, row.history.shape[1])].set(token_1, mode="drop"),
-        length=length_1,
-        active=last_1 & (row.remaining > 1) & ~is_end(token_1, row.adjustments),
-        remaining=row.remaining - last_1,
-    )
+    # One cell less than what was read, as if the token were chosen by a step: `advance` counts it.
+    row = advance(replace(row, length=length_1 - last_1, active=last_1), token_1[:, None], last_1.astype(jnp.int32))
     return EngineState(pool=pool, draft_pool=draft_pool, rows=put_rows(state.rows, slot_1, row)), choices
 
 
@@ -164,15 +159,12 @@ def advance(rows: Rows, tokens_BT: Int[Array, "b t"], count_B: Int[Array, "b"]) 
     steps_1T = jnp.arange(tokens_BT.shape[1])[None]
     new_BT = steps_1T < count_B[:, None]
     at_BT = jnp.where(new_BT, rows.length[:, None] + 1 + steps_1T, rows.history.shape[1])
-    history_BS = jax.vmap(lambda row_S, at_T, tokens_T: row_S.at[at_T].set(tokens_T, mode="drop"))(
-        rows.history, at_BT, tokens_BT
-    )
     last_B = jnp.take_along_axis(tokens_BT, jnp.maximum(count_B - 1, 0)[:, None], axis=1)[:, 0]
     remaining_B = rows.remaining - count_B
     ended_B = (count_B > 0) & (is_end(last_B, rows.adjustments) | (remaining_B <= 0))
     return replace(
         rows,
-        history=history_BS,
+        history=with_tokens(rows.history, at_BT, tokens_BT),
         length=rows.length + count_B,
         active=rows.active & ~ended_B,
         remaining=remaining_B,

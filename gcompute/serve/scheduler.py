@@ -214,9 +214,10 @@ class Scheduler:
             seq.share, seq.slot = share, self._free[share].pop()
             seq.pages, seq.num_published = hits + blocks.allocate(need), len(hits)
             if not seq.saved:
-                seq.cached = seq.hit_tokens = len(hits) * self.limits.page
+                seq.cached = len(hits) * self.limits.page
                 # One that was preempted finds its own pages again.
-                self.num_hit_tokens += seq.hit_tokens if seq.num_output == 0 else 0
+                self.num_hit_tokens += 0 if seq.entered else seq.cached
+            seq.entered = True
             self._running[seq.request_id] = seq
             return seq
         return None

@@ -23,7 +23,7 @@ from gcompute.serve.kv_pool import RowCache
 from gcompute.serve.programs import advance
 from gcompute.serve.sampler import quiet, sample
 from gcompute.serve.shares import gather, put_back
-from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows
+from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows, with_tokens
 
 # A proposal follows the latest place where so many of the last tokens, or fewer, stood before.
 LONGEST_NGRAM = 3
@@ -88,10 +88,6 @@ def speculate(
     def awake(rows: Rows) -> Array:
         return rows.active & (rows.length + t <= bucket)
 
-    def positions(rows: Rows, awake_B: Array) -> Array:
-        """Where a row writes; one that rests writes past the end, where nothing is kept."""
-        return jnp.where(awake_B[:, None], rows.length[:, None] + steps_1T, bucket)
-
     def more(carry: Carry) -> Array:
         step, rows, *_ = carry
         one_ended = jnp.any(first.active & ~rows.active)
@@ -100,7 +96,8 @@ def speculate(
     def take_round(carry: Carry) -> Carry:
         step, rows, cache, draft_cache, choices, num_B = carry
         awake_B = awake(rows)
-        at_BT = positions(rows, awake_B)
+        # A row that rests writes past the end, where nothing is kept.
+        at_BT = jnp.where(awake_B[:, None], rows.length[:, None] + steps_1T, bucket)
         if draft_cache is None:
             drafts_BK = propose_by_ngram(rows.history, rows.length, k)
         else:
@@ -166,7 +163,7 @@ def speculate(
 def _with_drafts(rows: Rows, drafts_BK: Array) -> Array:
     """The history with drafts after the last token."""
     at_BK = rows.length[:, None] + 1 + jnp.arange(drafts_BK.shape[1])[None]
-    return jax.vmap(lambda row_S, at_K, new_K: row_S.at[at_K].set(new_K, mode="drop"))(rows.history, at_BK, drafts_BK)
+    return with_tokens(rows.history, at_BK, drafts_BK)
 
 
 def _propose_by_model(
@@ -194,9 +191,5 @@ def _propose_by_model(
         adjusted_BV = adjust(logits_BV, rows.adjustments, rows.history, position_B, awake_B)
         token_B = sample(adjusted_BV, quiet(rows.sampling, awake_B), position_B)
         tokens.append(token_B)
-        at_B = jnp.where(awake_B, position_B, rows.history.shape[1])
-        rows = replace(
-            rows,
-            history=jax.vmap(lambda row_S, at, new: row_S.at[at].set(new, mode="drop"))(rows.history, at_B, token_B),
-        )
+        rows = replace(rows, history=with_tokens(rows.history, position_B[:, None], token_B[:, None]))
     return jnp.stack(tokens, axis=1), cache

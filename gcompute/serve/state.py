@@ -162,6 +162,15 @@ def new_row(
     )
 
 
+def with_tokens(
+    history_BS: Int[Array, "b s"], at_BT: Int[Array, "b t"], tokens_BT: Int[Array, "b t"]
+) -> Int[Array, "b s"]:
+    """The history with tokens at some places of each row; places past its end are dropped."""
+    return jax.vmap(lambda row_S, at_T, tokens_T: row_S.at[at_T].set(tokens_T, mode="drop"))(
+        history_BS, at_BT, tokens_BT
+    )
+
+
 def take_rows(rows: Rows, slots_B: Int[Array, "b"]) -> Rows:
     """The rows of some slots; a slot that does not exist gives one that is not active."""
     return jax.tree.map(lambda leaf: leaf.at[slots_B].get(mode="fill", fill_value=0), rows)

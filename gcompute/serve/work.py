@@ -11,7 +11,7 @@ class Sequence:
 
     tokens: the prompt and what was chosen. cached: how many of them have keys and values in `pages`. share: the part
     of the pool, and of a mesh, that it lives in. saved: its keys and values wait on the host. num_published: of its
-    pages, how many can be found. hit_tokens: found in the prefix cache when it was last admitted.
+    pages, how many can be found. entered: it was admitted before.
     """
 
     request_id: int
@@ -26,7 +26,7 @@ class Sequence:
     share: int = 0
     saved: bool = False
     num_published: int = 0
-    hit_tokens: int = 0
+    entered: bool = False
 
     @property
     def num_output(self) -> int:

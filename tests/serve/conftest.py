@@ -3,16 +3,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import httpx
 import jax
 import pytest
+from openai_calls import LOCAL
 
 from gcompute.config.model import ModelConfig
 from gcompute.config.serve import ServeConfig
+from gcompute.hardware.catalogue import find_chip
 from gcompute.model.tokenizer import Tokenizer
 from gcompute.model.transformer import Params, init
 from gcompute.serve import runner as runner_module
 from gcompute.serve.compilation import lower_program
 from gcompute.serve.engine import Engine
+from gcompute.serve.position import decode_roofline
+from gcompute.serve.server import background
 from gcompute.serve.state import EngineShape
 from gcompute.serve.work import Work
 
@@ -82,6 +87,20 @@ def make_engine(params, tokenizer) -> Iterator[Callable[[ServeConfig], Engine]]:
 def small_engine(make_engine) -> Engine:
     """Not started, of one bucket, so that it is ready soon."""
     return make_engine(ServeConfig(slots=2, max_queue=8, max_context=16, decode_steps=2, precision="float32", port=0))
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    """A server of the session's engine, whose page knows a roofline."""
+    roofline = decode_roofline(CONFIG, LOCAL, find_chip("v5e"))
+    with background(engine, LOCAL, model_name="tiny", roofline=roofline) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def http(url):
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
+        yield http
 
 
 class Gate:

@@ -17,18 +17,6 @@ from gcompute.serve.request import Sampling
 from gcompute.serve.server import background, bind, serve, url_of
 
 
-@pytest.fixture(scope="module")
-def url(engine):
-    with background(engine, LOCAL, model_name="tiny") as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
-        yield http
-
-
 def test_a_completion_is_the_engines_own_with_usage(http, engine):
     body = complete(http, model="tiny", prompt="once upon", **GREEDY)
     expected = engine.generate(["once upon"], Sampling(**GREEDY))[0]

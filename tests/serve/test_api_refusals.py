@@ -2,29 +2,15 @@
 
 import json
 
-import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from openai_calls import GREEDY, LOCAL, complete, error_of
+from openai_calls import GREEDY, complete, error_of
 
 from gcompute.serve import api
 from gcompute.serve.errors import HttpError, http_error
 from gcompute.serve.protocol import KNOWN, NEUTRAL, Ask, parse_ask
 from gcompute.serve.request import RequestError
-from gcompute.serve.server import background
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    with background(engine, LOCAL, model_name="tiny") as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
-        yield http
 
 
 @pytest.mark.parametrize(

@@ -17,27 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import jax
 import pytest
-from openai_calls import GREEDY, LOCAL, chunks_of, complete, metric
+from openai_calls import GREEDY, chunks_of, complete, metric
 
 import gcompute.serve.engine as engine_module
 from gcompute.model.tokenizer import StreamDecoder
 from gcompute.serve import chat, protocol
 from gcompute.serve.request import QueueFull, Request, Sampling
-from gcompute.serve.server import background
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    with background(engine, LOCAL, model_name="tiny") as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
-        yield http
 
 
 @pytest.fixture(autouse=True)

@@ -3,22 +3,14 @@
 import asyncio
 
 import httpx
-import pytest
-from openai_calls import LOCAL, metric
+from openai_calls import metric
 
 from gcompute.serve.load import Arrivals, Lengths, RandomPrompts
 from gcompute.serve.load_client import Address, Client
 from gcompute.serve.load_report import Slo, summarize
 from gcompute.serve.load_run import Calls, Run, count_prompt_tokens, look, put_load
-from gcompute.serve.server import background
 
 PROMPTS = RandomPrompts(lengths=Lengths(prompt=12, output=8, spread=0.5), vocab=257)
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    with background(engine, LOCAL, model_name="tiny") as url:
-        yield url
 
 
 def load(url: str, arrivals: Arrivals, num: int, **more) -> Run:

@@ -17,12 +17,6 @@ SHORT = {"model": "tiny", "max_tokens": 12, "temperature": 0, "extra_body": EXTR
 
 
 @pytest.fixture(scope="module")
-def url(engine):
-    with background(engine, LOCAL, model_name="tiny") as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
 def locked_url(engine):
     with background(engine, LOCAL, model_name="tiny", api_key="secret") as url:
         yield url

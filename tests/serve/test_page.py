@@ -16,29 +16,14 @@ import pytest
 from openai_calls import GREEDY, LOCAL, complete, error_of
 
 import gcompute
-from gcompute.hardware.catalogue import find_chip
 from gcompute.serve.api import create_app
 from gcompute.serve.page.document import SCRIPTS, STYLES, document, source_of
-from gcompute.serve.position import decode_roofline
 from gcompute.serve.request import NotReady
 from gcompute.serve.server import background
 from gcompute.serve.watchers import MAX_WATCHERS, Watchers
 
 REPOSITORY = Path(gcompute.__file__).parent.parent
 WATCH_HEAD = b"GET /engine/events HTTP/1.1\r\nHost: here\r\n\r\n"
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    roofline = decode_roofline(engine.config, LOCAL, find_chip("v5e"))
-    with background(engine, LOCAL, model_name="tiny", roofline=roofline) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
-        yield http
 
 
 @contextlib.contextmanager

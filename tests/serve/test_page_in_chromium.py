@@ -4,13 +4,10 @@ import json
 import math
 import time
 
-import httpx
 import pytest
 from openai_calls import LOCAL, complete
 from webdriver import chromium, needs_chromium
 
-from gcompute.hardware.catalogue import find_chip
-from gcompute.serve.position import decode_roofline
 from gcompute.serve.request import Request, Sampling
 from gcompute.serve.server import background
 
@@ -72,19 +69,6 @@ CONTRASTS = """
 SETTINGS = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "max_tokens": 32}
 # A decode dispatch takes so long more, so that a burst can be watched.
 SLOWER_S = 0.1
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    roofline = decode_roofline(engine.config, LOCAL, find_chip("v5e"))
-    with background(engine, LOCAL, model_name="tiny", roofline=roofline) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def http(url):
-    with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
-        yield http
 
 
 @pytest.fixture(scope="module")

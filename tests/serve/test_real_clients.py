@@ -14,19 +14,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from openai_calls import LOCAL
-
-from gcompute.serve.server import background
 
 pytestmark = pytest.mark.slow
 REQUESTS, PROMPT, OUTPUT, CONCURRENCY = 12, 24, 8, 3
 TIMEOUT_S = 300
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    with background(engine, LOCAL, model_name="tiny") as url:
-        yield url
 
 
 @pytest.fixture
