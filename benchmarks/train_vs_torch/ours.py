@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gcompute.cli.environment import cache_directory, quiet_backends, restart_fast
+from gcompute.cli.environment import quiet_backends, restart_fast
+from gcompute.measure.cache import cache_directory
 
 
 def main() -> None:

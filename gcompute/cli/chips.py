@@ -67,10 +67,11 @@ def measured_chip(*, again: bool = False) -> Chip:
     """The device at hand as a chip: what its roofline came to (measured anew with `again`), and its memory."""
     from rich.console import Console
 
-    from gcompute.cli.environment import cache_directory, quiet_backends
+    from gcompute.cli.environment import quiet_backends
 
     quiet_backends()
     from gcompute.cli.session import measured_roofline
+    from gcompute.measure.cache import cache_directory
     from gcompute.measure.machine import look
 
     machine = look()

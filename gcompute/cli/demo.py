@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from gcompute.cli.environment import cache_directory, quiet_backends, restart_fast, use_compilation_cache
+from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
 from gcompute.cli.flags import SectionedCommand
 from gcompute.config.presets import PRESETS
 from gcompute.config.serve import ServeConfig
 from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from gcompute.measure.cache import cache_directory
 
 PROMPTS = (
     "def __init__(self",

@@ -11,6 +11,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from gcompute.measure.cache import cache_directory
+
 TUNABLE = "glibc.malloc.hugetlb=1"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SWITCH = "GCOMPUTE_FAST"
@@ -66,15 +68,6 @@ def threads_for_fake_devices() -> None:
     num = int(flag[1]) if flag else int(os.environ.get("JAX_NUM_CPU_DEVICES") or 1)
     if num > 1:
         os.environ.setdefault("NPROC", str(THREADS_A_FAKE_DEVICE * num))
-
-
-def cache_directory() -> Path:
-    """Where corpora, measured rooflines and compiled programs are kept: $GCOMPUTE_CACHE or ~/.cache/gcompute."""
-    root = (
-        os.environ.get("GCOMPUTE_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gcompute"
-    )
-    return Path(root)
 
 
 def use_compilation_cache() -> None:

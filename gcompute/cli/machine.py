@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-from gcompute.cli.environment import cache_directory, quiet_backends, restart_fast
+from gcompute.cli.environment import quiet_backends, restart_fast
 from gcompute.cli.flags import SectionedCommand
+from gcompute.measure.cache import cache_directory
 
 
 class MachineCommand(SectionedCommand):

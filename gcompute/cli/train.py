@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from gcompute.cli.environment import cache_directory, quiet_backends, restart_fast, use_compilation_cache
+from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
 from gcompute.cli.flags import SectionedCommand, config_options, given, read_toml
 from gcompute.cli.main import INTERRUPTED
 from gcompute.cli.run_directory import RUN, SECTIONS, stored_run
@@ -21,6 +21,7 @@ from gcompute.cli.run_directory import run_from_plain as run_from_plain
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_config
 from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from gcompute.measure.cache import cache_directory
 
 PATH = click.Path(path_type=Path)
 # What a resumed run may be given anew: nothing of this changes the steps already done, and the same steps follow. Two

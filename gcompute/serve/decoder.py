@@ -28,6 +28,7 @@ from gcompute.parallel.placement import constrain
 from gcompute.serve import few_rows
 from gcompute.serve.int8 import int8_product, quantize
 from gcompute.serve.kv_pool import RowCache, in_order, started, store
+from gcompute.serve.native import products as native_products
 from gcompute.serve.weights import Matrix
 
 Product = Callable[[Matrix, Array], Array]
@@ -52,7 +53,9 @@ def forward(
     whichever of them are new, so that no bit depends on where a dispatch began; it costs a copy of all cells.
     """
     placement, zero = execution.placement, few_rows.unknown_zero(positions_BT)
-    if "embedding_VW" in params:
+    if "embedding_PWN" in params:
+        x_BTD = native_products.unpack_rows(params["embedding_PWN"], tokens_BT, execution.compute)
+    elif "embedding_VW" in params:
         x_BTD = few_rows.unpack_pairs(params["embedding_VW"][tokens_BT])
     else:
         x_BTD = look_up(params["embedding_VD"], tokens_BT, placement)
@@ -142,25 +145,33 @@ def apply(
 ) -> Float[Array, "b t o"]:
     """y = x @ w^T + bias with a wide result; `few`: this is a program of few rows, compiled with their options."""
     b, t, i = x_BTI.shape
-    w_OI = matrix.w_OI
-    assert w_OI is not None
     x_MI = x_BTI.reshape(b * t, i)
     words_OW = matrix.words_OW if few else None
     if matrix.scale_O is not None:
         rounded_MI, scale_M = quantize(x_MI)
-        whole_MO = (
-            int8_product(rounded_MI, w_OI) if words_OW is None else few_rows.quad_product(rounded_MI, words_OW, zero)
-        )
+        if matrix.panels_PWN is not None:
+            whole_MO = native_products.product(rounded_MI, matrix.panels_PWN, matrix.num_outputs)
+        elif words_OW is not None:
+            whole_MO = few_rows.quad_product(rounded_MI, words_OW, zero)
+        else:
+            whole_MO = int8_product(rounded_MI, _whole(matrix))
         y_MO = whole_MO.astype(jnp.float32) * scale_M[:, None] * matrix.scale_O
+    elif matrix.panels_PWN is not None:
+        y_MO = native_products.product(x_MI.astype(compute), matrix.panels_PWN, matrix.num_outputs)
     elif words_OW is not None:
         y_MO = few_rows.pair_product(x_MI, words_OW, zero)
     else:
         # XLA on CPU converts the weights of a single row to float32; two rows it multiplies as they are.
         padded_MI = jnp.pad(x_MI, ((0, 1), (0, 0))) if b * t == 1 and compute == jnp.bfloat16 else x_MI
-        y_MO = einsum("mi,oi->mo", padded_MI, w_OI, compute)[: b * t]
+        y_MO = einsum("mi,oi->mo", padded_MI, _whole(matrix), compute)[: b * t]
     if matrix.bias_O is not None:
         y_MO = y_MO + matrix.bias_O
     return y_MO.reshape(b, t, -1)
+
+
+def _whole(matrix: Matrix) -> Array:
+    assert matrix.w_OI is not None
+    return matrix.w_OI
 
 
 def _visible(cache: RowCache, positions_BT: Array) -> tuple[Array, Array]:
@@ -257,8 +268,9 @@ def _feed_forward(weights: Params, x_BTD: Array, product: Product, config: Model
 def _logits(params: Params, x_BTD: Array, product: Product, compute: jnp.dtype) -> Array:
     if "head" in params:
         head: Matrix = params["head"]
-        if head.w_OI is None:
-            head = replace(head, w_OI=params["embedding_VD"], words_OW=params.get("embedding_VW"))
+        if head.w_OI is None and head.panels_PWN is None:
+            embedding = {"w_OI": "embedding_VD", "panels_PWN": "embedding_PWN", "words_OW": "embedding_VW"}
+            head = replace(head, **{name: params.get(kept) for name, kept in embedding.items()})
         return product(head, x_BTD)
     if "head_DV" in params:
         return linear(x_BTD, params["head_DV"], compute)
