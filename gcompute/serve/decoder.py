@@ -28,6 +28,7 @@ from gcompute.parallel.placement import constrain
 from gcompute.serve import few_rows
 from gcompute.serve.int8 import int8_product, quantize
 from gcompute.serve.kv_pool import RowCache, in_order, started, store
+from gcompute.serve.native import attention as native_attention
 from gcompute.serve.native import products as native_products
 from gcompute.serve.weights import Matrix
 
@@ -74,11 +75,13 @@ def forward(
         normed_BTD = constrain(placement, _norm(config, weights["attention_norm"], x_BTD), "BTD")
         q_BTNH, k_BTKH, v_BTKH = _queries_keys_values(weights, normed_BTD, rotary, product, config, execution)
         cache = store(cache, layer, k_BTKH, v_BTKH, positions_BT)
-        # Left free, XLA may split whole heads for the product after it, and gather the cells to give it back.
-        if ordered:
+        if cache.tables_BN is not None:
+            o_BTNH = native_attention.attend(q_BTNH, cache, layer, positions_BT)
+        elif ordered:
             o_BTNH = attend_ordered(q_BTNH, cache, layer, positions_BT, execution.compute)
         else:
             o_BTNH = attend(q_BTNH, cache, layer, visible, execution.compute)
+        # Left free, XLA may split whole heads for the product after it, and gather the cells to give it back.
         o_BTNH = constrain(placement, o_BTNH, "BTNH")
         mixed_BTD = _attention_output(weights, o_BTNH, product, config, execution)
         x_BTD = constrain(placement, x_BTD + constrain(placement, mixed_BTD.astype(x_BTD.dtype), "BRD"), "BRD")

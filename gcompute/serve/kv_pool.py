@@ -2,14 +2,15 @@
 
 A dispatch gathers the pages of its rows into a `RowCache` once, runs all its steps on that, and puts the new cells
 back. The cells that were there before are only read; new ones go to a small part of their own, because XLA on CPU
-rewrites a whole array to change one cell of it. Layouts are this module's own business: others see pages as a count
+rewrites a whole array to change one cell of it. Where attention reads pages where they lie
+(`gcompute.serve.native.attention`), the cache has the pool's own pages and the rows' tables, and nothing is gathered. Layouts are this module's own business: others see pages as a count
 and cells as positions. Page 0 belongs to nobody: the tables of rows that stand for no request point to it.
 
 int8: each cell and head has its own scale, the largest of its H numbers / 127. A cell is rounded when it is made
 (`store`), so attention sees at once what any later dispatch will see, and where a dispatch ends changes no result.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,8 @@ class KVPool:
 class RowCache:
     """The cells of B rows side by side, a leaf a layer, in the layout and dtype that attention reads.
 
-    k, v: S cells from before this dispatch, never written. new_k, new_v: the C cells from `start` on, rounded as the
+    k, v: S cells from before this dispatch, never written; or, with `tables_BN`, the whole pool's pages and their scales,
+    in which the tables say where they are. new_k, new_v: the C cells from `start` on, rounded as the
     pool rounds them; float32, so that writing converts nothing. new scales: with which int8 cells were rounded.
     """
 
@@ -70,11 +72,15 @@ class RowCache:
     new_k_scale: tuple[Float[Array, "b k c"], ...]
     new_v_scale: tuple[Float[Array, "b k c"], ...]
     start_B: Int[Array, "b"]
+    k_scale: tuple[Float[Array, "p s k"], ...] = ()
+    v_scale: tuple[Float[Array, "p s k"], ...] = ()
+    tables_BN: Int[Array, "b n"] | None = None
+    compute: jnp.dtype = field(metadata={"static": True})
 
     @property
     def length(self) -> int:
         """Cells of a row's pages."""
-        return self.k[0].shape[2]
+        return self.k[0].shape[2] if self.tables_BN is None else self.tables_BN.shape[1] * self.k[0].shape[1]
 
     @property
     def num_new(self) -> int:
@@ -102,10 +108,17 @@ def empty_pool(config: ModelConfig, *, num_pages: int, page: int, dtype: jnp.dty
     return KVPool(k=zeros(), v=zeros(), k_scale=scales(), v_scale=scales())
 
 
-def gather(pool: KVPool, tables_BN: Int[Array, "b n"], compute: jnp.dtype, num_cells: int | None = None) -> RowCache:
+def gather(
+    pool: KVPool,
+    tables_BN: Int[Array, "b n"],
+    compute: jnp.dtype,
+    num_cells: int | None = None,
+    *,
+    in_place: bool = False,
+) -> RowCache:
     """The pages of each row side by side: B rows of N pages, in `compute`, with room for `num_cells` new cells.
 
-    `num_cells` is at least what the dispatch will store; without it there is room for whole rows, which is slower.
+    in_place: leave the pages where they are. `num_cells` is at least what the dispatch will store; without it there is room for whole rows, which is slower.
     """
 
     def cells(pages: Array) -> Array:
@@ -126,8 +139,12 @@ def gather(pool: KVPool, tables_BN: Int[Array, "b n"], compute: jnp.dtype, num_c
         return tuple(jnp.zeros(dims, wide) for _ in like)
 
     return RowCache(
-        k=old(pool.k, pool.k_scale),
-        v=old(pool.v, pool.v_scale),
+        k=pool.k if in_place else old(pool.k, pool.k_scale),
+        v=pool.v if in_place else old(pool.v, pool.v_scale),
+        k_scale=pool.k_scale if in_place else (),
+        v_scale=pool.v_scale if in_place else (),
+        tables_BN=tables_BN if in_place else None,
+        compute=compute,
         new_k=new(shape, pool.k),
         new_v=new(shape, pool.v),
         new_k_scale=new(shape[:-1], pool.k_scale),
@@ -153,7 +170,7 @@ def store(
 
     What lies outside the cache's new cells is dropped, never clipped.
     """
-    compute = cache.k[layer].dtype
+    compute = cache.compute
     first_B = positions_BT[:, 0] - cache.start_B
 
     def put(leaves: tuple[Array, ...], new: Array) -> tuple[Array, ...]:

@@ -24,10 +24,11 @@ def gather(
     *,
     shares: int,
     placement: Placement | None,
+    in_place: bool = False,
 ) -> RowCache:
-    """The pages of each row side by side, as `kv_pool.gather`."""
+    """The pages of each row side by side, or where they are, as `kv_pool.gather`."""
     if shares == 1:
-        cache = kv_pool.gather(pool, tables_BN, compute, num_cells)
+        cache = kv_pool.gather(pool, tables_BN, compute, num_cells, in_place=in_place)
     else:
         read = jax.vmap(partial(kv_pool.gather, compute=compute, num_cells=num_cells))
         cache = _joined(read(_split(pool, shares), _own_tables(pool, tables_BN, shares)))

@@ -43,6 +43,11 @@ class Layout(StrEnum):
     PACKED = "packed"
     PAIRED = "paired"
 
+    @property
+    def reads_pages(self) -> bool:
+        """Whether attention goes with it that reads a pool's pages where they lie."""
+        return self is Layout.PACKED
+
 
 def choose_layout(placement: Placement | None, backend: str, compute: jnp.dtype) -> Layout:
     """The fastest layout: on a mesh only PLAIN can be split by rules; the first call on CPU compiles the kernels."""

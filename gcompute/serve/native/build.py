@@ -22,7 +22,10 @@ import jax
 from gcompute.measure.cache import cache_directory
 from gcompute.measure.machine import CPUINFO_FILE
 
-SOURCE = Path(__file__).with_name("kernels.cc")
+HERE = Path(__file__).parent
+SOURCES = tuple(HERE / name for name in ("products.cc", "attention.cc"))
+HEADERS = (HERE / "vectors.h",)
+KERNELS = ("product_float32", "product_bfloat16", "product_int8", "attention_paged")
 PREFIX = "gcompute_"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
 NATIVE = ("-march=native", "-mcpu=native")
@@ -75,7 +78,8 @@ def build(command: str, directory: Path, flags: Sequence[str] = ()) -> Path:
     """
     include = jax.ffi.include_dir()
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
-    made_of = (SOURCE.read_text(encoding="utf-8"), version, *FLAGS, *flags, _processor(), include, jax.__version__)
+    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, *HEADERS)]
+    made_of = (*texts, version, *FLAGS, *flags, _processor(), include, jax.__version__)
     name = hashlib.blake2b("\0".join(made_of).encode(), digest_size=12).hexdigest()
     library = directory / f"kernels-{name}.so"
     if library.exists():
@@ -86,7 +90,8 @@ def build(command: str, directory: Path, flags: Sequence[str] = ()) -> Path:
         # Other processes may make the same library: each writes its own file, and the last one there wins.
         with tempfile.TemporaryDirectory(dir=directory) as own:
             made = Path(own) / library.name
-            arguments = [command, *FLAGS, native, *flags, "-isystem", include, os.fspath(SOURCE), "-o", os.fspath(made)]
+            files = [*map(os.fspath, SOURCES), "-o", os.fspath(made)]
+            arguments = [command, *FLAGS, native, *flags, "-isystem", include, *files]
             if sys.platform == "darwin":
                 arguments += ["-undefined", "dynamic_lookup"]
             try:
@@ -108,7 +113,7 @@ def register(library: Path, suffix: str = "") -> None:
       OSError: it cannot be loaded.
     """
     loaded = ctypes.CDLL(os.fspath(library))
-    for name in kernel_names():
+    for name in KERNELS:
         capsule = jax.ffi.pycapsule(getattr(loaded, name))
         jax.ffi.register_ffi_target(target(name, suffix), capsule, platform="cpu")
 
@@ -116,11 +121,6 @@ def register(library: Path, suffix: str = "") -> None:
 def target(name: str, suffix: str = "") -> str:
     """What XLA calls a kernel."""
     return f"{PREFIX}{name}{suffix}"
-
-
-def kernel_names() -> tuple[str, ...]:
-    """The kernels that the source defines."""
-    return tuple(re.findall(r"^GCOMPUTE_KERNEL\((\w+)", SOURCE.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def _processor() -> str:

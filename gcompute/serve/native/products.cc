@@ -5,58 +5,17 @@
 // float32) the words of all its channels lie side by side, so that one pass over a panel reads memory in its order.
 // Sums run along a row in its order, whatever M is: the result of a row does not depend on the rows beside it.
 //
-// Vectors are those of the compiler's extension, as long as the processor has them; where it has instructions for dot
-// products of bfloat16 or int8, those are used.
+// Where the processor has instructions for dot products of bfloat16 or int8, those are used.
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <functional>
-#include <memory>
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "vectors.h"
 
 namespace {
 
 constexpr int kPanel = 32;
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kMostRows = 12;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kMostRows = 2;
-#else
-constexpr int kLanes = 4, kMostRows = 2;
-#endif
 constexpr int kVectors = kPanel / kLanes;
+constexpr int kMostRows = kLanes == 16 ? 12 : 2;
 // Words ahead of those that are multiplied which the processor is told to fetch.
 constexpr int kAhead = 1024;
-
-using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
-using Floats = float __attribute__((vector_size(4 * kLanes)));
-using Integers = int32_t __attribute__((vector_size(4 * kLanes)));
-
-template <typename Vector, typename Number>
-inline Vector splat(Number number) {
-  return Vector{} + number;
-}
-
-template <typename Vector, typename From>
-inline Vector load(const From* from) {
-  Vector vector;
-  __builtin_memcpy(&vector, from, sizeof(vector));
-  return vector;
-}
-
-inline float as_float(uint32_t bits) {
-  float number;
-  __builtin_memcpy(&number, &bits, sizeof(number));
-  return number;
-}
 
 struct Float32 {
   using Sum = float;
@@ -143,30 +102,6 @@ void tile_of(int64_t rows, const uint32_t* x, const uint32_t* panel, int64_t num
   }
 }
 
-// Calls work(0) ... work(num - 1) on this thread and as many of XLA's as are free. This thread alone finishes them if
-// no other comes, so that a pool whose threads all wait here is no deadlock.
-template <typename Work>
-void share_out(ffi::ThreadPool pool, int64_t num, Work work) {
-  struct Progress {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto progress = std::make_shared<Progress>();
-  auto take_part = [progress, num, work] {
-    for (int64_t mine; (mine = progress->next.fetch_add(1)) < num;) {
-      work(mine);
-      progress->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  const int64_t others = std::min<int64_t>(pool.num_threads() - 1, num - 1);
-  for (int64_t other = 0; other < others; other++) pool.Schedule(std::function<void()>(take_part));
-  take_part();
-  while (progress->done.load(std::memory_order_acquire) < num) {
-#if defined(__AVX512F__)
-    _mm_pause();
-#endif
-  }
-}
-
 // x: [M, I]. panels: [ceil(O / kPanel), words of a row, kPanel]. y: [M, O].
 template <typename Kind, typename X, typename Y>
 ffi::Error product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, Y y) {
@@ -195,7 +130,7 @@ ffi::Error product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, Y y)
 
 }  // namespace
 
-#define GCOMPUTE_KERNEL(name, Kind, In, Out)                                                       \
+#define GCOMPUTE_PRODUCT(name, Kind, In, Out)                                                       \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(name, (product<Kind, ffi::Buffer<In>, ffi::ResultBuffer<Out>>),     \
                                 ffi::Ffi::Bind()                                                    \
                                     .Ctx<ffi::ThreadPool>()                                         \
@@ -203,6 +138,6 @@ ffi::Error product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, Y y)
                                     .Arg<ffi::Buffer<ffi::U32>>()                                   \
                                     .Ret<ffi::Buffer<Out>>())
 
-GCOMPUTE_KERNEL(product_float32, Float32, ffi::F32, ffi::F32);
-GCOMPUTE_KERNEL(product_bfloat16, Bfloat16, ffi::BF16, ffi::F32);
-GCOMPUTE_KERNEL(product_int8, Int8, ffi::S8, ffi::S32);
+GCOMPUTE_PRODUCT(product_float32, Float32, ffi::F32, ffi::F32);
+GCOMPUTE_PRODUCT(product_bfloat16, Bfloat16, ffi::BF16, ffi::F32);
+GCOMPUTE_PRODUCT(product_int8, Int8, ffi::S8, ffi::S32);
