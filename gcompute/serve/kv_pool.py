@@ -3,8 +3,9 @@
 A dispatch gathers the pages of its rows into a `RowCache` once, runs all its steps on that, and puts the new cells
 back. The cells that were there before are only read; new ones go to a small part of their own, because XLA on CPU
 rewrites a whole array to change one cell of it. Where attention reads pages where they lie
-(`gcompute.serve.native.attention`), the cache has the pool's own pages and the rows' tables, and nothing is gathered. Layouts are this module's own business: others see pages as a count
-and cells as positions. Page 0 belongs to nobody: the tables of rows that stand for no request point to it.
+(`gcompute.serve.native.attention`), the cache has the pool's own pages and the rows' tables, and nothing is gathered.
+Layouts are this module's own business: others see pages as a count and cells as positions. Page 0 belongs to nobody:
+the tables of rows that stand for no request point to it.
 
 int8: each cell and head has its own scale, the largest of its H numbers / 127. A cell is rounded when it is made
 (`store`), so attention sees at once what any later dispatch will see, and where a dispatch ends changes no result.
@@ -60,9 +61,9 @@ class KVPool:
 class RowCache:
     """The cells of B rows side by side, a leaf a layer, in the layout and dtype that attention reads.
 
-    k, v: S cells from before this dispatch, never written; or, with `tables_BN`, the whole pool's pages and their scales,
-    in which the tables say where they are. new_k, new_v: the C cells from `start` on, rounded as the
-    pool rounds them; float32, so that writing converts nothing. new scales: with which int8 cells were rounded.
+    k, v: S cells from before this dispatch, never written; or, with `tables_BN`, the whole pool's pages with their
+    scales, and the tables say where the cells are. new_k, new_v: the C cells from `start` on, rounded as the pool
+    rounds them; float32, so that writing converts nothing. new scales: with which int8 cells were rounded.
     """
 
     k: tuple[Float[Array, "b k s h"], ...]
@@ -118,7 +119,8 @@ def gather(
 ) -> RowCache:
     """The pages of each row side by side: B rows of N pages, in `compute`, with room for `num_cells` new cells.
 
-    in_place: leave the pages where they are. `num_cells` is at least what the dispatch will store; without it there is room for whole rows, which is slower.
+    `num_cells` is at least what the dispatch will store; without it there is room for whole rows, which is slower.
+    in_place: leave the pages where they are.
     """
 
     def cells(pages: Array) -> Array:

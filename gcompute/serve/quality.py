@@ -16,7 +16,7 @@ from gcompute.config.model import ModelConfig
 from gcompute.model.transformer import Execution, Params
 from gcompute.serve.decoder import forward
 from gcompute.serve.kv_pool import empty_pool, gather, put_back
-from gcompute.serve.weights import choose_layout, serving_weights
+from gcompute.serve.weights import Layout, choose_layout, serving_weights
 
 # Cells of a page, and tokens read at once: few, so that most of what is attended to has been through the pool.
 PAGE = 16
@@ -52,7 +52,7 @@ def validation_loss(
     layout = choose_layout(None, jax.default_backend(), compute)
     prepare = partial(serving_weights, config=config, compute=compute, layout=layout, int8=weights == "int8")
     laid = jax.jit(prepare)(params)
-    losses = jax.jit(partial(_losses, config=config, compute=compute, kv=kv))
+    losses = jax.jit(partial(_losses, config=config, compute=compute, kv=kv, layout=layout))
     inputs = np.asarray(tokens[: num * context], np.int32).reshape(num, context)
     targets = np.asarray(tokens[1 : num * context + 1], np.int32).reshape(num, context)
     batch = min(batch, num)
@@ -73,6 +73,7 @@ def _losses(
     config: ModelConfig,
     compute: Any,
     kv: str,
+    layout: Layout,
 ) -> Float[Array, "b t"]:
     """Cross-entropy of each target, one page of tokens after another."""
     b, t = tokens_BT.shape

@@ -12,6 +12,7 @@ from gcompute.model import transformer
 from gcompute.model.transformer import Execution, init
 from gcompute.serve.decoder import forward
 from gcompute.serve.kv_pool import RowCache, empty_pool, gather
+from gcompute.serve.native import build
 from gcompute.serve.weights import Layout, choose_layout, serving_weights
 
 FAMILIES = {
@@ -29,6 +30,11 @@ PIECES = ((0, 3), (3, 3), (6, 3), (9, 1), (10, 1))
 LENGTH = 11
 
 
+def require_kernels(layout: Layout) -> None:
+    if layout is Layout.PACKED and not build.available():
+        pytest.skip(f"needs the CPU kernels: {build.why_not()}")
+
+
 def perturbed(config: ModelConfig) -> transformer.Params:
     """Parameters with every value moved, so that a bias or scale that is ignored shows."""
     leaves, structure = jax.tree.flatten(init(config, jax.random.key(0)))
@@ -38,9 +44,10 @@ def perturbed(config: ModelConfig) -> transformer.Params:
     )
 
 
-def fresh_cache(config: ModelConfig, *, rows: int, compute, pool_dtype=None) -> RowCache:
+def fresh_cache(config: ModelConfig, *, rows: int, compute, pool_dtype=None, layout=Layout.FUSED) -> RowCache:
     pool = empty_pool(config, num_pages=4 * rows + 1, page=PAGE, dtype=pool_dtype or compute)
-    return gather(pool, jnp.arange(1, 4 * rows + 1).reshape(rows, 4), compute)
+    tables = jnp.arange(1, 4 * rows + 1).reshape(rows, 4)
+    return gather(pool, tables, compute, in_place=layout.reads_pages)
 
 
 def by_pieces(config: ModelConfig, params, tokens, *, execution, layout, int8=False, pool_dtype=None) -> list:
@@ -50,7 +57,8 @@ def by_pieces(config: ModelConfig, params, tokens, *, execution, layout, int8=Fa
     )
     step = jax.jit(partial(forward, config=config, execution=execution))
     rows = tokens.shape[0]
-    cache, found = fresh_cache(config, rows=rows, compute=execution.compute, pool_dtype=pool_dtype), []
+    cache = fresh_cache(config, rows=rows, compute=execution.compute, pool_dtype=pool_dtype, layout=layout)
+    found = []
     for start, num in PIECES:
         positions = jnp.tile(jnp.arange(start, start + num), (rows, 1))
         logits, cache = step(weights, tokens[:, start : start + num], positions_BT=positions, cache=cache)
@@ -73,16 +81,20 @@ def rms(x) -> float:
 
 
 # Those that leave out nothing are enough for a quick look.
-QUICK = {("qwen3", Layout.FUSED), ("gpt2", Layout.FUSED), ("experts", Layout.PLAIN), ("biased-llama", Layout.PLAIN)}
+QUICK = {
+    *((family, Layout.PACKED) for family in ("qwen3", "gpt2", "biased-llama")),
+    *(("qwen3", Layout.FUSED), ("experts", Layout.PLAIN), ("biased-llama", Layout.PLAIN)),
+}
 CASES = [
     pytest.param(family, layout, marks=() if (family, layout) in QUICK else pytest.mark.slow)
     for family in FAMILIES
-    for layout in (Layout.PLAIN, Layout.FUSED)
+    for layout in (Layout.PLAIN, Layout.FUSED, Layout.PACKED)
 ]
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
 def test_every_family_gives_the_logits_of_the_model(family, layout):
+    require_kernels(layout)
     config = FAMILIES[family]
     params, execution = perturbed(config), Execution(compute=jnp.float32)
     tokens = random_tokens(config, 2)
@@ -93,12 +105,14 @@ def test_every_family_gives_the_logits_of_the_model(family, layout):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * float(jnp.abs(theirs).max()))
 
 
-def test_few_rows_from_words_give_what_the_matrix_gives():
-    """Words hold the very bfloat16 numbers: what differs is the order of sums, and rounding that it tips over."""
+@pytest.mark.parametrize("layout", [Layout.PAIRED, Layout.PACKED])
+def test_other_layouts_give_what_the_matrix_gives(layout):
+    """They hold the very bfloat16 numbers: what differs is the order of sums, and rounding that it tips over."""
+    require_kernels(layout)
     params, execution = perturbed(WIDE), Execution(compute=jnp.bfloat16)
     tokens = random_tokens(WIDE, 1)
     wanted = by_pieces(WIDE, params, tokens, execution=execution, layout=Layout.FUSED)
-    found = by_pieces(WIDE, params, tokens, execution=execution, layout=Layout.PAIRED)
+    found = by_pieces(WIDE, params, tokens, execution=execution, layout=layout)
     exact = expected(WIDE, params, tokens, Execution(compute=jnp.float32))
     for ours, theirs, truth in zip(found, wanted, exact, strict=True):
         rounding = rms(theirs - truth)
@@ -135,19 +149,25 @@ def test_int8_weights_give_the_same_whatever_the_number_of_rows():
         np.testing.assert_allclose(ours[0], theirs[7], atol=0.02 * float(jnp.abs(theirs).max()))
 
 
+@pytest.mark.parametrize("layout", [Layout.FUSED, Layout.PACKED])
 @pytest.mark.parametrize(("int8", "pool_dtype"), [(True, None), (False, jnp.int8)])
-def test_int8_is_near_the_model(int8, pool_dtype):
+def test_int8_is_near_the_model(int8, pool_dtype, layout):
+    require_kernels(layout)
     params, execution = perturbed(WIDE), Execution(compute=jnp.float32)
     tokens = random_tokens(WIDE, 2)
     wanted = expected(WIDE, params, tokens, execution)
-    found = by_pieces(WIDE, params, tokens, execution=execution, layout=Layout.FUSED, int8=int8, pool_dtype=pool_dtype)
+    found = by_pieces(WIDE, params, tokens, execution=execution, layout=layout, int8=int8, pool_dtype=pool_dtype)
     for ours, theirs in zip(found, wanted, strict=True):
         # Weights and activations are off by 2.8 / 127 / sqrt(12) of their own size, 2.8 being the largest of some 200
         # normal numbers: 0.9 % a product, and 9 products follow each other.
         assert 1e-5 < rms(ours - theirs) / rms(theirs) < 0.08
 
 
-def test_the_layout_follows_the_backend():
+def test_the_layout_follows_the_backend_and_the_compiler(monkeypatch):
+    monkeypatch.setattr(build, "available", lambda: True)
+    assert choose_layout(None, "cpu", jnp.bfloat16) is Layout.PACKED
+    assert choose_layout(None, "cpu", jnp.float32) is Layout.PACKED
+    monkeypatch.setattr(build, "available", lambda: False)
     assert choose_layout(None, "cpu", jnp.bfloat16) is Layout.PAIRED
     assert choose_layout(None, "cpu", jnp.float32) is Layout.FUSED
     assert choose_layout(None, "tpu", jnp.bfloat16) is Layout.FUSED

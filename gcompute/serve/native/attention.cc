@@ -1,8 +1,8 @@
 // Attention over pages where they lie: softmax(q k^T / sqrt(H)) v, for serving on CPU.
 //
-// A task takes the query heads of one key/value head for some queries of one row. It copies the cells that they see,
-// a block at a time, into scratch memory as float32, those of before from the row's pages and the new ones from beside
-// them, and keeps for each query the largest score, the sum of weights and the weighted sum of values so far.
+// A task takes the query heads of one key/value head for some queries of one row, and cells a block at a time: old ones
+// in the row's pages, new ones beside them. It keeps for each query head the largest score, the sum of weights and the
+// weighted sum of values so far. For several queries a block is first copied as float32.
 // Blocks begin at fixed positions, and sums run over cells in their order: a query's result depends on its cells alone,
 // not on which of them are new, on what other queries there are or on the length of the table.
 
@@ -18,6 +18,8 @@ namespace {
 // Cells of a block, queries of a task and heads that are worked on together.
 constexpr int64_t kBlock = 256, kQueries = 32;
 constexpr int kHeads = 4;
+// Pages ahead of the one that is read which the processor is told to fetch.
+constexpr int kAhead = 2;
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 template <int kWidth>
@@ -65,6 +67,7 @@ inline Floats exp_of(Floats x) {
 inline float exp_of(float x) { return exp_of(splat<Floats>(x))[0]; }
 
 using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
+using Bytes = int8_t __attribute__((vector_size(kLanes)));
 
 inline float nearest_bfloat16(float number) {
   uint32_t bits;
@@ -72,41 +75,56 @@ inline float nearest_bfloat16(float number) {
   return as_float((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
 }
 
+// Numbers `i` and on of one cell as float32; zeros where fewer than kLanes are left.
+template <typename Number>
+inline Floats some_of(const Number* from, int64_t left) {
+  using Vector = std::conditional_t<sizeof(Number) == 4, Floats, std::conditional_t<sizeof(Number) == 2, Halves, Bytes>>;
+  Vector numbers = {};
+  if (left >= kLanes)
+    numbers = load<Vector>(from);
+  else
+    std::memcpy(&numbers, from, left * sizeof(Number));
+  if constexpr (sizeof(Number) == 2)
+    return reinterpret_cast<Floats>(__builtin_convertvector(numbers, Words) << 16);
+  else
+    return __builtin_convertvector(numbers, Floats);
+}
+
+// Cells of one head that lie `stride` numbers apart, of float32, bfloat16's bits or int8 with a scale each.
+template <typename Number>
+struct Cells {
+  const Number* first;
+  int64_t stride, size;
+  const float* scales;
+  int64_t scale_stride;
+  bool rounded;  // int8 times its scale is rounded to bfloat16
+
+  Floats numbers(int64_t cell, int64_t i) const {
+    Floats found = some_of(first + cell * stride + i, size - i);
+    if constexpr (sizeof(Number) == 1) {
+      found = found * scales[cell * scale_stride];
+      if (rounded)
+        for (int lane = 0; lane < kLanes; lane++) found[lane] = nearest_bfloat16(found[lane]);
+    }
+    return found;
+  }
+};
+
 struct Pages {
   const void* cells;
   const float* scales;  // of int8
   ffi::DataType dtype;
-  bool rounded;  // int8 times its scale is rounded to bfloat16
+  bool rounded;
   int64_t num_pages, page, heads, size;
 
-  // `num` cells of one page and head as float32, `stride` numbers apart.
-  void read(int64_t at, int64_t head, int64_t num, float* to, int64_t stride) const {
-    int64_t first = (at * heads + head) * size;
-    for (int64_t cell = 0; cell < num; cell++, to += stride, first += heads * size) {
-      if (dtype == ffi::F32) {
-        std::memcpy(to, static_cast<const float*>(cells) + first, size * sizeof(float));
-      } else if (dtype == ffi::S8) {
-        const auto* from = static_cast<const int8_t*>(cells) + first;
-        const float scale = scales[(at + cell) * heads + head];
-        for (int64_t i = 0; i < size; i++) to[i] = rounded ? nearest_bfloat16(from[i] * scale) : from[i] * scale;
-      } else {
-        const auto* from = static_cast<const uint16_t*>(cells) + first;
-        int64_t i = 0;
-        for (; i + kLanes <= size; i += kLanes) {
-          const Words bits = __builtin_convertvector(load<Halves>(from + i), Words) << 16;
-          __builtin_memcpy(to + i, &bits, sizeof(bits));
-        }
-        for (; i < size; i++) to[i] = as_float(static_cast<uint32_t>(from[i]) << 16);
-      }
-    }
-  }
+  // The number of a page's first cell, by its entry in a table.
+  int64_t first_cell(int32_t entry) const { return std::clamp<int64_t>(entry, 0, num_pages - 1) * page; }
 
-  // Tells the processor to fetch one head's cells of a page.
-  void fetch(int64_t at, int64_t head) const {
-    const int64_t width = size * (dtype == ffi::F32 ? 4 : dtype == ffi::S8 ? 1 : 2);
-    const char* from = static_cast<const char*>(cells) + (at * heads + head) * width;
-    for (int64_t cell = 0; cell < page; cell++, from += heads * width)
-      for (int64_t line = 0; line < width; line += 64) __builtin_prefetch(from + line);
+  // Tells the processor to fetch a page, with all its heads: a task takes them one after another.
+  void fetch(int32_t entry) const {
+    const int64_t bytes = page * heads * size * (dtype == ffi::F32 ? 4 : dtype == ffi::S8 ? 1 : 2);
+    const char* from = static_cast<const char*>(cells) + first_cell(entry) / page * bytes;
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
   }
 };
 
@@ -120,7 +138,7 @@ struct Call {
   int64_t num_queries, num_heads, num_new, num_tables;
 };
 
-// The cells of a block as float32, [kBlock, stride]; scores or weights of kHeads heads; what queries have so far.
+// Scores or weights of kHeads heads, what queries have so far, and a block's cells as float32, [kBlock, stride].
 // Lanes between a head's size and the stride are zero. A thread keeps its memory from task to task.
 struct Scratch {
   int64_t size = 0, stride = 0;
@@ -140,96 +158,146 @@ struct Scratch {
     total.assign(rows, 0);
     sums.assign(rows * stride, 0);
   }
+
+  Cells<float> copied(const std::vector<float>& cells) const { return {cells.data(), stride, stride, nullptr, 0, false}; }
 };
 
-void read_cells(const Call& call, int64_t row, int64_t head, int64_t first, int64_t end, Scratch& scratch) {
-  const int64_t page = call.k.page, size = call.k.size, stride = scratch.stride;
-  const int64_t start = std::clamp<int64_t>(call.starts[row], first, end);
+// Calls visit(cells, num, first) for the cells `begin` to `end` of a row and head, as many as lie together at a time.
+template <typename Visit>
+void visit_cells(const Call& call, const Pages& pages, const float* new_cells, int64_t row, int64_t head, int64_t begin,
+                 int64_t end, Visit visit) {
+  const int64_t page = pages.page, size = pages.size, apart = pages.heads * size;
+  const int64_t start = std::clamp<int64_t>(call.starts[row], begin, end);
   const int32_t* table = call.tables + row * call.num_tables;
-  const auto first_cell = [&](int64_t entry) { return std::clamp<int64_t>(table[entry], 0, call.k.num_pages - 1) * page; };
-  for (int64_t cell = first; cell < start;) {
-    const int64_t entry = cell / page, inside = cell - entry * page, num = std::min(page - inside, start - cell);
-    if (cell + num < start) {
-      call.k.fetch(first_cell(entry + 1), head);
-      call.v.fetch(first_cell(entry + 1), head);
-    }
-    call.k.read(first_cell(entry) + inside, head, num, scratch.k.data() + (cell - first) * stride, stride);
-    call.v.read(first_cell(entry) + inside, head, num, scratch.v.data() + (cell - first) * stride, stride);
+  for (int64_t cell = begin; cell < start;) {
+    const int64_t inside = cell % page, num = std::min(page - inside, start - cell);
+    const int64_t at = pages.first_cell(table[cell / page]) + inside;
+    if (head == 0 && cell + kAhead * page < start) pages.fetch(table[cell / page + kAhead]);
+    const int64_t offset = at * apart + head * size;
+    if (pages.dtype == ffi::F32)
+      visit(Cells<float>{static_cast<const float*>(pages.cells) + offset, apart, size, nullptr, 0, false}, num, cell);
+    else if (pages.dtype == ffi::S8)
+      visit(Cells<int8_t>{static_cast<const int8_t*>(pages.cells) + offset, apart, size,
+                          pages.scales + at * pages.heads + head, pages.heads, pages.rounded},
+            num, cell);
+    else
+      visit(Cells<uint16_t>{static_cast<const uint16_t*>(pages.cells) + offset, apart, size, nullptr, 0, false}, num, cell);
     cell += num;
   }
-  for (int64_t cell = start; cell < end; cell++) {
-    const int64_t at = ((row * call.k.heads + head) * call.num_new + cell - call.starts[row]) * size;
-    std::memcpy(scratch.k.data() + (cell - first) * stride, call.new_k + at, size * sizeof(float));
-    std::memcpy(scratch.v.data() + (cell - first) * stride, call.new_v + at, size * sizeof(float));
+  if (start < end) {
+    const int64_t at = (row * pages.heads + head) * call.num_new + start - call.starts[row];
+    visit(Cells<float>{new_cells + at * size, size, size, nullptr, 0, false}, end - start, start);
   }
 }
 
-// sums += weights . v, for kRows heads and kWide vectors of each, from `offset` of a cell on.
-template <int kRows, int kWide>
-void add_values(const Scratch& scratch, int64_t num_cells, int64_t offset, float* sums) {
-  Floats held[kRows][kWide];
-  for (int row = 0; row < kRows; row++)
-    for (int w = 0; w < kWide; w++) held[row][w] = load<Floats>(sums + row * scratch.stride + offset + w * kLanes);
-  const float* v = scratch.v.data() + offset;
-  for (int64_t cell = 0; cell < num_cells; cell++, v += scratch.stride)
-    for (int w = 0; w < kWide; w++) {
-      const Floats values = load<Floats>(v + w * kLanes);
-      for (int row = 0; row < kRows; row++) held[row][w] = held[row][w] + values * scratch.scores[row * kBlock + cell];
-    }
-  for (int row = 0; row < kRows; row++)
-    for (int w = 0; w < kWide; w++)
-      __builtin_memcpy(sums + row * scratch.stride + offset + w * kLanes, &held[row][w], sizeof(Floats));
-}
-
-// Takes a block's first `num_cells` cells into account for kRows heads of one query, the first of which is `first`.
+// Scores of `num` cells for kRows heads, the lanes of each yet to be summed: products[row][cell % kLanes].
 template <int kRows>
-void attend_to_block(Scratch& scratch, int64_t num_cells, int64_t first) {
-  for (int row = 0; row < kRows; row++) {
-    const float* q = scratch.q.data() + (first + row) * scratch.stride;
-    float* scores = scratch.scores.data() + row * kBlock;
-    Floats most = splat<Floats>(kNever);
-    for (int64_t cell = 0; cell < num_cells; cell += kLanes) {
-      Floats products[kLanes] = {};
-      for (int64_t h = 0; h < scratch.stride; h += kLanes) {
-        const Floats query = load<Floats>(q + h);
-        const float* k = scratch.k.data() + cell * scratch.stride + h;
-#pragma GCC unroll 16
-        for (int lane = 0; lane < kLanes; lane++)
-          products[lane] = products[lane] + query * load<Floats>(k + lane * scratch.stride);
+struct Scoring {
+  const float* q;
+  int64_t stride;
+  float* scores;
+  Floats products[kRows][kLanes] = {};
+
+  template <typename Number>
+  void add(const Cells<Number>& cells, int64_t num, int64_t first) {
+    for (int64_t cell = 0; cell < num; cell++) {
+      Floats sums[kRows] = {};
+      for (int64_t i = 0; i < cells.size; i += kLanes) {
+        const Floats numbers = cells.numbers(cell, i);
+#pragma GCC unroll 4
+        for (int row = 0; row < kRows; row++) sums[row] = sums[row] + numbers * load<Floats>(q + row * stride + i);
       }
-      Floats found = sums_of_lanes(products);
-      for (int64_t lane = num_cells - cell; lane < kLanes; lane++) found[lane] = kNever;
-      __builtin_memcpy(scores + cell, &found, sizeof(found));
-      most = most > found ? most : found;
+      const int64_t lane = (first + cell) % kLanes;
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; row++) products[row][lane] = sums[row];
+      if (lane == kLanes - 1) finish(first + cell + 1 - kLanes);
     }
-    float largest = scratch.largest[first + row];
-    for (int lane = 0; lane < kLanes; lane++) largest = std::max(largest, most[lane]);
-    Floats total = {};
-    for (int64_t cell = 0; cell < num_cells; cell += kLanes) {
-      const Floats weights = exp_of(load<Floats>(scores + cell) - largest);
-      __builtin_memcpy(scores + cell, &weights, sizeof(weights));
-      total = total + weights;
-    }
-    float added = 0;
-    for (int lane = 0; lane < kLanes; lane++) added += total[lane];
-    const float kept = exp_of(scratch.largest[first + row] - largest);
-    scratch.total[first + row] = scratch.total[first + row] * kept + added;
-    scratch.largest[first + row] = largest;
-    float* sums = scratch.sums.data() + (first + row) * scratch.stride;
-    for (int64_t h = 0; h < scratch.stride; h++) sums[h] *= kept;
   }
-  float* sums = scratch.sums.data() + first * scratch.stride;
-  int64_t offset = 0;
-  for (; offset + 4 * kLanes <= scratch.stride; offset += 4 * kLanes) add_values<kRows, 4>(scratch, num_cells, offset, sums);
-  for (; offset < scratch.stride; offset += kLanes) add_values<kRows, 1>(scratch, num_cells, offset, sums);
+
+  void finish(int64_t first) {
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; row++) {
+      const Floats found = sums_of_lanes(products[row]);
+      __builtin_memcpy(scores + row * kBlock + first, &found, sizeof(found));
+    }
+  }
+};
+
+// sums += weights . v, for kRows heads and kWide vectors of each, from number `offset` of a cell on.
+template <int kRows, int kWide, typename Number>
+void add_values(const Cells<Number>& cells, int64_t num, const float* weights, int64_t offset, float* sums, int64_t stride) {
+  Floats held[kRows][kWide];
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; row++)
+#pragma GCC unroll 4
+    for (int w = 0; w < kWide; w++) held[row][w] = load<Floats>(sums + row * stride + offset + w * kLanes);
+  for (int64_t cell = 0; cell < num; cell++) {
+#pragma GCC unroll 4
+    for (int w = 0; w < kWide; w++) {
+      const Floats numbers = cells.numbers(cell, offset + w * kLanes);
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; row++) held[row][w] = held[row][w] + numbers * weights[row * kBlock + cell];
+    }
+  }
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; row++)
+#pragma GCC unroll 4
+    for (int w = 0; w < kWide; w++)
+      __builtin_memcpy(sums + row * stride + offset + w * kLanes, &held[row][w], sizeof(Floats));
 }
 
-void attend_to_block(Scratch& scratch, int64_t num_cells, int64_t first, int64_t rows) {
-  for (int64_t end = first + rows; first < end; first += kHeads) switch (end - first) {
-      case 1: attend_to_block<1>(scratch, num_cells, first); break;
-      case 2: attend_to_block<2>(scratch, num_cells, first); break;
-      case 3: attend_to_block<3>(scratch, num_cells, first); break;
-      default: attend_to_block<kHeads>(scratch, num_cells, first);
+// Turns the scores of a block's `num` cells into weights, and scales what was summed before to the new largest score.
+void weigh(Scratch& scratch, int64_t num, int64_t row, float* scores) {
+  float largest = scratch.largest[row];
+  for (int64_t cell = num; cell % kLanes; cell++) scores[cell] = kNever;
+  Floats most = splat<Floats>(largest);
+  for (int64_t cell = 0; cell < num; cell += kLanes) {
+    const Floats found = load<Floats>(scores + cell);
+    most = most > found ? most : found;
+  }
+  for (int lane = 0; lane < kLanes; lane++) largest = std::max(largest, most[lane]);
+  Floats total = {};
+  for (int64_t cell = 0; cell < num; cell += kLanes) {
+    const Floats weights = exp_of(load<Floats>(scores + cell) - largest);
+    __builtin_memcpy(scores + cell, &weights, sizeof(weights));
+    total = total + weights;
+  }
+  float added = 0;
+  for (int lane = 0; lane < kLanes; lane++) added += total[lane];
+  const float kept = exp_of(scratch.largest[row] - largest);
+  scratch.total[row] = scratch.total[row] * kept + added;
+  scratch.largest[row] = largest;
+  float* sums = scratch.sums.data() + row * scratch.stride;
+  for (int64_t i = 0; i < scratch.stride; i++) sums[i] *= kept;
+}
+
+// Takes a block's first `num` cells into account for kRows heads of one query, the first of which is `row`. visit_k and
+// visit_v call what they are given for the cells of the block.
+template <int kRows, typename VisitK, typename VisitV>
+void attend_to_block(Scratch& scratch, int64_t num, int64_t row, VisitK visit_k, VisitV visit_v) {
+  const int64_t stride = scratch.stride;
+  float* scores = scratch.scores.data();
+  Scoring<kRows> scoring{scratch.q.data() + row * stride, stride, scores};
+  visit_k([&](const auto& cells, int64_t part, int64_t first) { scoring.add(cells, part, first); });
+  if (num % kLanes) scoring.finish(num / kLanes * kLanes);
+#pragma GCC unroll 4
+  for (int at = 0; at < kRows; at++) weigh(scratch, num, row + at, scores + at * kBlock);
+  float* sums = scratch.sums.data() + row * stride;
+  visit_v([&](const auto& cells, int64_t part, int64_t first) {
+    int64_t offset = 0;
+    for (; offset + 4 * kLanes <= stride; offset += 4 * kLanes)
+      add_values<kRows, 4>(cells, part, scores + first, offset, sums, stride);
+    for (; offset < stride; offset += kLanes) add_values<kRows, 1>(cells, part, scores + first, offset, sums, stride);
+  });
+}
+
+template <typename VisitK, typename VisitV>
+void attend_to_block(Scratch& scratch, int64_t num, int64_t row, int64_t rows, VisitK visit_k, VisitV visit_v) {
+  for (const int64_t end = row + rows; row < end; row += kHeads) switch (end - row) {
+      case 1: attend_to_block<1>(scratch, num, row, visit_k, visit_v); break;
+      case 2: attend_to_block<2>(scratch, num, row, visit_k, visit_v); break;
+      case 3: attend_to_block<3>(scratch, num, row, visit_k, visit_v); break;
+      default: attend_to_block<kHeads>(scratch, num, row, visit_k, visit_v);
     }
 }
 
@@ -252,10 +320,36 @@ void attend(const Call& call, int64_t row, int64_t head, int64_t first, int64_t 
         scratch.q[((query - first) * groups + group) * scratch.stride + i] = call.q[at(query, group) + i] * scale;
   }
   for (int64_t begin = 0; begin < last; begin += kBlock) {
-    read_cells(call, row, head, begin, std::min(last, begin + kBlock), scratch);
+    const int64_t whole = std::min(last - begin, kBlock);
+    // visit(cells, num, first), with `first` counted from the block's first cell.
+    const auto visit_in_place = [&](const Pages& pages, const float* new_cells, auto visit) {
+      visit_cells(call, pages, new_cells, row, head, begin, begin + whole,
+                  [&](const auto& cells, int64_t num, int64_t cell) { visit(cells, num, cell - begin); });
+    };
+    if (end - first == 1) {
+      attend_to_block(
+          scratch, whole, 0, groups, [&](auto visit) { visit_in_place(call.k, call.new_k, visit); },
+          [&](auto visit) { visit_in_place(call.v, call.new_v, visit); });
+      continue;
+    }
+    const auto copy_to = [&](std::vector<float>& to) {
+      return [&](const auto& cells, int64_t num, int64_t cell) {
+        for (int64_t one = 0; one < num; one++)
+          for (int64_t i = 0; i < size; i += kLanes) {
+            const Floats numbers = cells.numbers(one, i);
+            __builtin_memcpy(to.data() + (cell + one) * scratch.stride + i, &numbers, sizeof(numbers));
+          }
+      };
+    };
+    visit_in_place(call.k, call.new_k, copy_to(scratch.k));
+    visit_in_place(call.v, call.new_v, copy_to(scratch.v));
     for (int64_t query = first; query < end; query++) {
-      const int64_t num_cells = std::min(kBlock, seen(query) - begin);
-      if (num_cells > 0) attend_to_block(scratch, num_cells, (query - first) * groups, groups);
+      const int64_t num = std::min(kBlock, seen(query) - begin);
+      if (num > 0)
+        attend_to_block(
+            scratch, num, (query - first) * groups, groups,
+            [&](auto visit) { visit(scratch.copied(scratch.k), num, 0); },
+            [&](auto visit) { visit(scratch.copied(scratch.v), num, 0); });
     }
   }
   for (int64_t query = first; query < end; query++)
@@ -281,9 +375,11 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
                   out->typed_data(),   queries[1],             queries[2],          new_k.dimensions()[2],
                   tables.dimensions()[1]};
   const int64_t rows = queries[0], heads = dims[2], parts = (queries[1] + kQueries - 1) / kQueries;
-  share_out(pool, rows * parts * heads, [call, heads, parts](int64_t task) {
-    const int64_t head = task % heads, part = task / heads % parts, row = task / heads / parts;
-    attend(call, row, head, call.num_queries * part / parts, call.num_queries * (part + 1) / parts);
+  const int64_t apart = rows * parts >= 2 * pool.num_threads() ? 1 : heads;
+  share_out(pool, rows * parts * apart, [call, heads, parts, apart](int64_t task) {
+    const int64_t share = task % apart, part = task / apart % parts, row = task / apart / parts;
+    for (int64_t head = heads * share / apart; head < heads * (share + 1) / apart; head++)
+      attend(call, row, head, call.num_queries * part / parts, call.num_queries * (part + 1) / parts);
   });
   return ffi::Error::Success();
 }

@@ -1,0 +1,189 @@
+"""The CPU kernels against numpy: for this processor, and as they are compiled for lesser ones."""
+
+import platform
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gcompute.config.model import ModelConfig
+from gcompute.serve.kv_pool import empty_pool, gather, put_back, started, store
+from gcompute.serve.native import attention, build, products
+from gcompute.serve.native.products import pack, packable, unpack_rows
+
+pytestmark = pytest.mark.skipif(not build.available(), reason=f"needs the CPU kernels: {build.why_not()}")
+# What each leaves out of the processor's instructions.
+LESSER = {
+    "native": (),
+    "no-dot-products": ("-mno-avx512bf16", "-mno-avx512vnni"),
+    "no-avx512": ("-mno-avx512f",),
+    "no-avx": ("-mno-avx", "-mno-avx2"),
+}
+PAGE = 4
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("no-dot-products", "no-avx") else []) for name in LESSER
+    ],
+)
+def suffix(request, tmp_path_factory) -> str:
+    """Of the names of kernels that are compiled with some instructions left out."""
+    if request.param == "native":
+        return ""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("needs an x86 processor, whose instructions these flags name")
+    try:
+        library = build.build(build.compiler(), tmp_path_factory.mktemp("native"), LESSER[request.param])
+    except build.BuildError as error:
+        pytest.skip(f"needs a compiler that knows {LESSER[request.param]}: {error}")
+    build.register(library, f"_{request.param}")
+    return f"_{request.param}"
+
+
+def whole_numbers(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Whole numbers whose products sum exactly in float32."""
+    most = 127 if dtype == "int8" else 7
+    return np.random.default_rng(seed).integers(-most - 1, most + 1, shape)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("m", "i", "o"), [(1, 64, 32), (5, 72, 70), (12, 64, 96), (13, 128, 33), (40, 256, 500)])
+def test_products_are_exact(suffix, dtype, m, i, o):
+    x, w = whole_numbers(1, (m, i), dtype), whole_numbers(2, (o, i), dtype)
+    found = products.product(jnp.asarray(x, dtype), pack(jnp.asarray(w, dtype)), o, suffix)
+    assert found.dtype == (jnp.int32 if dtype == "int8" else jnp.float32)
+    np.testing.assert_array_equal(found, x @ w.T)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_is_the_same_among_any_others(suffix, dtype):
+    rng = np.random.default_rng(3)
+    x, w = jnp.asarray(rng.normal(size=(29, 96)), dtype), pack(jnp.asarray(rng.normal(size=(80, 96)), dtype))
+    whole = products.product(x, w, 80, suffix)
+    for rows in (slice(0, 1), slice(7, 8), slice(3, 16), slice(28, 29)):
+        np.testing.assert_array_equal(products.product(x[rows], w, 80, suffix), whole[rows])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_rows_come_out_as_they_were_packed(dtype):
+    w = jnp.asarray(whole_numbers(4, (70, 24), dtype), dtype)
+    rows = jnp.array([[0, 69], [31, 32]])
+    np.testing.assert_array_equal(unpack_rows(pack(w), rows, jnp.dtype(dtype)), w[rows])
+
+
+def test_what_has_no_whole_words_is_not_packed():
+    assert packable(3, jnp.dtype("float32"))
+    assert not packable(3, jnp.dtype("bfloat16"))
+    assert not packable(6, jnp.dtype("int8"))
+    assert not packable(4, jnp.dtype("float64"))
+
+
+def test_shapes_that_do_not_go_together_are_refused():
+    with pytest.raises(Exception, match="do not go together"):
+        jax.block_until_ready(products.product(jnp.ones((2, 8)), pack(jnp.ones((32, 4))), 32))
+
+
+def cells_and_queries(rows, queries, starts, *, heads, kv_heads, size, table, new=None, dtype="float32", compute=None):
+    """A cache with random cells before `starts`, in place and gathered, with `queries` new ones; their queries."""
+    compute = compute or jnp.dtype("float32" if dtype == "int8" else dtype)
+    rng, num_cells = np.random.default_rng(5), table * PAGE
+    config = ModelConfig(
+        vocab=8, layers=1, dim=heads * size, heads=heads, kv_heads=kv_heads, head_dim=size, ffn=8, context=num_cells
+    )
+    pool = empty_pool(config, num_pages=1 + rows * table, page=PAGE, dtype=dtype)
+    tables = jnp.asarray(1 + rng.permutation(rows * table).reshape(rows, table), jnp.int32)
+    k, v = (jnp.asarray(rng.normal(size=(rows, num_cells, kv_heads, size)), jnp.float32) for _ in range(2))
+    q = jnp.asarray(rng.normal(size=(rows, num_cells, heads, size)), jnp.float32)
+    every, starts = jnp.tile(jnp.arange(num_cells), (rows, 1)), jnp.asarray(starts, jnp.int32)
+    full = store(started(gather(pool, tables, compute), every), 0, k, v, every)
+    pool = put_back(pool, full, tables, jnp.zeros(rows, jnp.int32), starts, num_cells=num_cells)
+    positions = starts[:, None] + jnp.arange(queries)
+    k, v, q = (jnp.take_along_axis(x, positions[:, :, None, None], axis=1) for x in (k, v, q))
+    cache = started(gather(pool, tables, compute, new or queries, in_place=True), positions)
+    return store(cache, 0, k, v, positions), (full.new_k[0], full.new_v[0]), q, positions
+
+
+def by_numpy(q, cells, positions) -> np.ndarray:
+    """Attention in float64, a query at a time."""
+    k, v = (np.asarray(part, np.float64) for part in cells)
+    q, groups = np.asarray(q, np.float64), q.shape[2] // k.shape[1]
+    out = np.zeros(q.shape)
+    for row, query, head in np.ndindex(q.shape[:3]):
+        seen = int(positions[row, query]) + 1
+        scores = k[row, head // groups, :seen] @ q[row, query, head] / np.sqrt(q.shape[3])
+        weights = np.exp(scores - scores.max())
+        out[row, query, head] = weights @ v[row, head // groups, :seen] / weights.sum()
+    return out
+
+
+SHAPES = {
+    "one query": {"rows": 3, "queries": 1, "starts": [0, 17, 63], "heads": 6, "kv_heads": 2, "size": 64, "table": 16},
+    "chunk": {"rows": 2, "queries": 37, "starts": [3, 24], "heads": 4, "kv_heads": 4, "size": 8, "table": 16},
+    "blocks": {"rows": 1, "queries": 5, "starts": [700], "heads": 5, "kv_heads": 1, "size": 80, "table": 180},
+    "room": {"rows": 2, "queries": 1, "starts": [9, 50], "heads": 2, "kv_heads": 1, "size": 20, "table": 16, "new": 8},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_is_that_of_float64(suffix, shape, dtype):
+    cache, cells, q, positions = cells_and_queries(**SHAPES[shape], dtype=dtype)
+    found = attention.attend(q, cache, 0, positions, suffix)
+    # Sums of some hundred float32 numbers of size 1, and exp to 2^-22.
+    np.testing.assert_allclose(found, by_numpy(q, cells, positions), atol=3e-6)
+
+
+def test_int8_cells_are_rounded_as_new_ones_are(suffix):
+    shape = SHAPES["one query"]
+    cache, cells, q, positions = cells_and_queries(**shape, dtype="int8", compute=jnp.dtype("bfloat16"))
+    found = attention.attend(q, cache, 0, positions, suffix)
+    np.testing.assert_allclose(found, by_numpy(q, cells, positions), atol=3e-6)
+
+
+def test_no_bit_depends_on_where_a_dispatch_begins_or_on_other_queries(suffix):
+    common = {"rows": 1, "heads": 4, "kv_heads": 2, "size": 32, "table": 80, "dtype": "bfloat16"}
+    attend = partial(attention.attend, layer=0, suffix=suffix)
+    cache, _, q, positions = cells_and_queries(**common, queries=40, starts=[270])
+    whole = attend(q, cache, positions_BT=positions)
+    for first, num in ((0, 1), (7, 1), (39, 1), (5, 3)):
+        cache, _, q, positions = cells_and_queries(**common, queries=num, starts=[270 + first], new=8)
+        np.testing.assert_array_equal(attend(q, cache, positions_BT=positions), whole[:, first : first + num])
+
+
+def test_a_pool_of_rows_far_apart_reads_no_cell_of_others(suffix):
+    """Cells past a row's position hold NaN, and so do the pages of nobody."""
+    cache, cells, q, positions = cells_and_queries(**SHAPES["one query"])
+    kept = {int(page) for row, at in enumerate(positions[:, 0]) for page in cache.tables_BN[row, : int(at) // PAGE + 1]}
+    unused = jnp.array([page for page in range(cache.k[0].shape[0]) if page not in kept])
+    cache = jax.tree.map(lambda leaf: leaf.at[unused].set(jnp.nan) if leaf.shape == cache.k[0].shape else leaf, cache)
+    found = attention.attend(q, cache, 0, positions, suffix)
+    np.testing.assert_allclose(found, by_numpy(q, cells, positions), atol=3e-6)
+
+
+def test_without_a_compiler_the_reason_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(build.BuildError, match="install g"):
+        build.compiler()
+
+
+def test_a_compiler_that_fails_is_told_by_its_first_error(tmp_path):
+    with pytest.raises(build.BuildError, match=r"failed: .*no-such-flag"):
+        build.build(build.compiler(), tmp_path, ("-fno-such-flag",))
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".so"]
+
+
+def test_a_library_is_compiled_once(tmp_path):
+    first = build.build(build.compiler(), tmp_path, ("-O0",))
+    made = first.stat().st_mtime_ns
+    assert build.build(build.compiler(), tmp_path, ("-O0",)) == first
+    assert first.stat().st_mtime_ns == made
+
+
+def test_the_switch_turns_kernels_off(monkeypatch):
+    monkeypatch.setenv(build.SWITCH, "0")
+    assert build.why_not.__wrapped__() == f"{build.SWITCH}=0"
