@@ -47,11 +47,13 @@ def command(
     quiet_backends()
     config = ServeConfig(**given(ServeConfig, values))
     use_compilation_cache()
+    import jax
     from rich.console import Console
 
     from gcompute.cli.chips import measured_chip
     from gcompute.model.pretrained import load, locate
     from gcompute.serve.engine import Engine
+    from gcompute.serve.native.build import why_not
     from gcompute.serve.position import decode_roofline
     from gcompute.serve.server import serve
     from gcompute.serve.template import load_template
@@ -74,6 +76,9 @@ def command(
         f"{config.slots} requests of {engine.max_context:,} need {config.slots * engine.max_context:,}",
         highlight=False,
     )
+    reason = why_not() if jax.default_backend() == "cpu" and config.mesh is None else None
+    if reason:
+        notice(f"serving by XLA's own products, which are slower on CPU than gcompute's kernels: {reason}.")
     console.print(f"{model_name}: step {model.step}, compiling {len(engine.programs())} programs", highlight=False)
     serve(
         engine,

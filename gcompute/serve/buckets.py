@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 # Smaller ones would save little time and cost as much compiling as large ones.
 SMALLEST_BUCKET = 32
-# Up to so many rows reading the weights is all the work, on any device; `few_rows` has products for them.
+# Up to so many rows reading the weights is all the work, on any device.
 FEW_ROWS = 4
 
 

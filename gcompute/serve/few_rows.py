@@ -1,4 +1,4 @@
-"""Products of few rows on CPU, where reading the weights is all the work: one fused loop over 32-bit words of them.
+"""Products of few rows on a CPU without a C++ compiler: one fused loop over 32-bit words of the weights.
 
 XLA's products repack their weights on every call, which for one row takes longer than the product. Here a word holds
 two bfloat16 (or four int8) numbers of one output channel, from as many equal parts of its row; shifts take them out in
