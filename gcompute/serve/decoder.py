@@ -51,7 +51,8 @@ def forward(
     `params` are of `serving_weights`; with a placement, in the plain layout. The T new keys and values of each row are
     stored at `positions_BT`, which follow each other, and each query sees the cells up to its own position.
     `logits_at_B` picks one index of T a row before the output layer. `ordered`: sums over cells run in their order,
-    whichever of them are new, so that no bit depends on where a dispatch began; it costs a copy of all cells.
+    whichever of them are new, so that no bit depends on where a dispatch began; it costs a copy of all cells, unless
+    attention reads pages where they lie.
     """
     placement, zero = execution.placement, few_rows.unknown_zero(positions_BT)
     if "embedding_PWN" in params:
@@ -74,7 +75,7 @@ def forward(
         weights = params["blocks"][layer]
         normed_BTD = constrain(placement, _norm(config, weights["attention_norm"], x_BTD), "BTD")
         q_BTNH, k_BTKH, v_BTKH = _queries_keys_values(weights, normed_BTD, rotary, product, config, execution)
-        if ordered:
+        if ordered and cache.tables_BN is not None:
             # Fused with their storing, they would be rounded as the number of new cells has it.
             k_BTKH, v_BTKH = few_rows.settled(k_BTKH, zero), few_rows.settled(v_BTKH, zero)
         cache = store(cache, layer, k_BTKH, v_BTKH, positions_BT)

@@ -57,15 +57,7 @@ def prefill(
             config=config,
             execution=execution,
             positions_BT=positions_1T,
-            cache=gather(
-                pool,
-                table_1N,
-                execution.compute,
-                chunk,
-                shares=1,
-                placement=execution.placement,
-                in_place=shape.layout.reads_pages,
-            ),
+            cache=gather(pool, table_1N, chunk, execution=execution, layout=shape.layout, shares=1),
             logits_at_B=num_tokens[None] - 1,
         )
         return logits_1V, put_back(
@@ -116,15 +108,7 @@ def decode(
     """
     rows = take_rows(state.rows, slots_B)
     execution, shares, steps = shape.execution, shape.limits.shares, shape.limits.decode_steps
-    cache = gather(
-        state.pool,
-        tables_BN,
-        execution.compute,
-        steps,
-        shares=shares,
-        placement=execution.placement,
-        in_place=shape.layout.reads_pages,
-    )
+    cache = gather(state.pool, tables_BN, steps, execution=execution, layout=shape.layout, shares=shares)
     bucket, first = cache.length, rows
 
     def more(carry: tuple[Array, Rows, RowCache, Choices]) -> Array:

@@ -11,24 +11,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from gcompute.parallel.placement import Placement, constrain
+from gcompute.model.transformer import Execution
+from gcompute.parallel.placement import constrain
 from gcompute.serve import kv_pool
 from gcompute.serve.kv_pool import CELL_DIMS, KVPool, RowCache
+from gcompute.serve.weights import Layout
 
 
 def gather(
     pool: KVPool,
     tables_BN: Int[Array, "b n"],
-    compute: jnp.dtype,
     num_cells: int,
     *,
+    execution: Execution,
+    layout: Layout,
     shares: int,
-    placement: Placement | None,
-    in_place: bool = False,
 ) -> RowCache:
-    """The pages of each row side by side, or where they are, as `kv_pool.gather`."""
+    """The pages of each row side by side, as `kv_pool.gather`, or in place where attention reads them there."""
+    compute, placement = execution.compute, execution.placement
     if shares == 1:
-        cache = kv_pool.gather(pool, tables_BN, compute, num_cells, in_place=in_place)
+        cache = kv_pool.gather(pool, tables_BN, compute, num_cells, in_place=layout.reads_pages)
     else:
         read = jax.vmap(partial(kv_pool.gather, compute=compute, num_cells=num_cells))
         cache = _joined(read(_split(pool, shares), _own_tables(pool, tables_BN, shares)))

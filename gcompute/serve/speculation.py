@@ -74,10 +74,10 @@ def speculate(
     read = partial(
         gather,
         tables_BN=tables_BN,
-        compute=execution.compute,
         num_cells=rounds * t,
+        execution=execution,
+        layout=shape.layout,
         shares=shares,
-        placement=execution.placement,
     )
     rows = take_rows(state.rows, slots_B)
     cache = read(state.pool)

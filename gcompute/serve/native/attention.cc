@@ -1,10 +1,10 @@
 // Attention over pages where they lie: softmax(q k^T / sqrt(H)) v, for serving on CPU.
 //
-// A task takes the query heads of one key/value head for some queries of one row, and cells a block at a time: old ones
-// in the row's pages, new ones beside them. It keeps for each query head the largest score, the sum of weights and the
-// weighted sum of values so far. For several queries a block is first copied as float32.
-// Blocks begin at fixed positions, and sums run over cells in their order: a query's result depends on its cells alone,
-// not on which of them are new, on what other queries there are or on the length of the table.
+// A task takes one or all key/value heads for some queries of one row: first the scores of all cells that they see, old
+// ones in the row's pages and new ones beside them, then their weights, then the sums of values. For several queries
+// cells are first copied as float32, a block at a time. Operands are rounded where the model's own attention rounds them.
+// Sums run over cells in their order: a query's result depends on its cells alone, not on which of them are new, on what
+// other queries there are or on the length of the table.
 
 #include <cmath>
 #include <cstring>
@@ -15,12 +15,15 @@
 
 namespace {
 
-// Cells of a block, queries of a task and heads that are worked on together.
-constexpr int64_t kBlock = 256, kQueries = 32;
+// Cells of a block, queries of a task at most, scores of a task (unless one query has more).
+constexpr int64_t kBlock = 256, kQueries = 32, kScores = 1 << 18;
+// Query heads that are worked on together.
 constexpr int kHeads = 4;
 // Pages ahead of the one that is read which the processor is told to fetch.
 constexpr int kAhead = 2;
 constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+inline int64_t whole_vectors(int64_t numbers) { return (numbers + kLanes - 1) / kLanes * kLanes; }
 
 template <int kWidth>
 constexpr int from_first(int lane) {
@@ -69,11 +72,12 @@ inline float exp_of(float x) { return exp_of(splat<Floats>(x))[0]; }
 using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
 using Bytes = int8_t __attribute__((vector_size(kLanes)));
 
-inline float nearest_bfloat16(float number) {
-  uint32_t bits;
-  std::memcpy(&bits, &number, sizeof(bits));
-  return as_float((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+inline Floats nearest_bfloat16(Floats numbers) {
+  const Words bits = reinterpret_cast<Words>(numbers);
+  return reinterpret_cast<Floats>((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
 }
+
+inline float nearest_bfloat16(float number) { return nearest_bfloat16(splat<Floats>(number))[0]; }
 
 // Numbers `i` and on of one cell as float32; zeros where fewer than kLanes are left.
 template <typename Number>
@@ -103,8 +107,7 @@ struct Cells {
     Floats found = some_of(first + cell * stride + i, size - i);
     if constexpr (sizeof(Number) == 1) {
       found = found * scales[cell * scale_stride];
-      if (rounded)
-        for (int lane = 0; lane < kLanes; lane++) found[lane] = nearest_bfloat16(found[lane]);
+      if (rounded) found = nearest_bfloat16(found);
     }
     return found;
   }
@@ -120,7 +123,7 @@ struct Pages {
   // The number of a page's first cell, by its entry in a table.
   int64_t first_cell(int32_t entry) const { return std::clamp<int64_t>(entry, 0, num_pages - 1) * page; }
 
-  // Tells the processor to fetch a page, with all its heads: a task takes them one after another.
+  // Tells the processor to fetch a page with all its heads, which the threads take at about the same time.
   void fetch(int32_t entry) const {
     const int64_t bytes = page * heads * size * (dtype == ffi::F32 ? 4 : dtype == ffi::S8 ? 1 : 2);
     const char* from = static_cast<const char*>(cells) + first_cell(entry) / page * bytes;
@@ -136,30 +139,28 @@ struct Call {
   const float *new_k, *new_v;
   float* out;
   int64_t num_queries, num_heads, num_new, num_tables;
+  bool rounded;  // operands are rounded to bfloat16
 };
 
-// Scores or weights of kHeads heads, what queries have so far, and a block's cells as float32, [kBlock, stride].
-// Lanes between a head's size and the stride are zero. A thread keeps its memory from task to task.
+// Of each query and head, in [rows, stride]: q and the sum of values, and in [rows, score_stride] scores, then weights;
+// and a block's cells as float32, [kBlock, stride]. Lanes between a head's size and the stride are zero. A thread keeps
+// its memory from task to task.
 struct Scratch {
-  int64_t size = 0, stride = 0;
-  std::vector<float> k, v, scores, q, largest, total, sums;
+  int64_t size = 0, stride = 0, score_stride = 0;
+  std::vector<float> block, q, sums, scores;
 
-  void prepare(int64_t new_size, int64_t rows) {
+  void prepare(int64_t new_size, int64_t rows, int64_t num_cells) {
     if (new_size != size) {
       size = new_size;
-      stride = (size + kLanes - 1) / kLanes * kLanes;
-      k.assign(kBlock * stride, 0);
-      v.assign(kBlock * stride, 0);
-      scores.assign(kHeads * kBlock, 0);
+      stride = whole_vectors(size);
+      block.assign(kBlock * stride, 0);
       q.clear();
     }
     if (q.size() < static_cast<size_t>(rows * stride)) q.assign(rows * stride, 0);
-    largest.assign(rows, kNever);
-    total.assign(rows, 0);
     sums.assign(rows * stride, 0);
+    score_stride = whole_vectors(num_cells);
+    if (scores.size() < static_cast<size_t>(rows * score_stride)) scores.resize(rows * score_stride);
   }
-
-  Cells<float> copied(const std::vector<float>& cells) const { return {cells.data(), stride, stride, nullptr, 0, false}; }
 };
 
 // Calls visit(cells, num, first) for the cells `begin` to `end` of a row and head, as many as lie together at a time.
@@ -190,175 +191,188 @@ void visit_cells(const Call& call, const Pages& pages, const float* new_cells, i
   }
 }
 
-// Scores of `num` cells for kRows heads, the lanes of each yet to be summed: products[row][cell % kLanes].
+// Scores of cells for kRows heads, from `row` on; `products` has the lanes of those that are yet to be summed.
 template <int kRows>
 struct Scoring {
-  const float* q;
-  int64_t stride;
-  float* scores;
+  Scratch& scratch;
+  int64_t row;
   Floats products[kRows][kLanes] = {};
 
+  // Cells `first` to `first + num`, which follow those before.
   template <typename Number>
   void add(const Cells<Number>& cells, int64_t num, int64_t first) {
+    const int64_t stride = scratch.stride;
+    const float* q = scratch.q.data() + row * stride;
     for (int64_t cell = 0; cell < num; cell++) {
       Floats sums[kRows] = {};
       for (int64_t i = 0; i < cells.size; i += kLanes) {
         const Floats numbers = cells.numbers(cell, i);
 #pragma GCC unroll 4
-        for (int row = 0; row < kRows; row++) sums[row] = sums[row] + numbers * load<Floats>(q + row * stride + i);
+        for (int at = 0; at < kRows; at++) sums[at] = sums[at] + numbers * load<Floats>(q + at * stride + i);
       }
       const int64_t lane = (first + cell) % kLanes;
 #pragma GCC unroll 4
-      for (int row = 0; row < kRows; row++) products[row][lane] = sums[row];
-      if (lane == kLanes - 1) finish(first + cell + 1 - kLanes);
+      for (int at = 0; at < kRows; at++) products[at][lane] = sums[at];
+      if (lane == kLanes - 1) finish(first + cell);
     }
   }
 
-  void finish(int64_t first) {
+  // Writes the scores of the vector that `last`, the last cell so far, lies in.
+  void finish(int64_t last) {
+    float* to = scratch.scores.data() + row * scratch.score_stride + last / kLanes * kLanes;
 #pragma GCC unroll 4
-    for (int row = 0; row < kRows; row++) {
-      const Floats found = sums_of_lanes(products[row]);
-      __builtin_memcpy(scores + row * kBlock + first, &found, sizeof(found));
+    for (int at = 0; at < kRows; at++) {
+      const Floats found = sums_of_lanes(products[at]);
+      __builtin_memcpy(to + at * scratch.score_stride, &found, sizeof(found));
     }
   }
 };
 
 // sums += weights . v, for kRows heads and kWide vectors of each, from number `offset` of a cell on.
 template <int kRows, int kWide, typename Number>
-void add_values(const Cells<Number>& cells, int64_t num, const float* weights, int64_t offset, float* sums, int64_t stride) {
+void add_some_values(Scratch& scratch, int64_t row, const Cells<Number>& cells, int64_t num, int64_t first, int64_t offset) {
+  const int64_t stride = scratch.stride, apart = scratch.score_stride;
+  const float* weights = scratch.scores.data() + row * apart + first;
+  float* sums = scratch.sums.data() + row * stride + offset;
   Floats held[kRows][kWide];
 #pragma GCC unroll 4
-  for (int row = 0; row < kRows; row++)
+  for (int at = 0; at < kRows; at++)
 #pragma GCC unroll 4
-    for (int w = 0; w < kWide; w++) held[row][w] = load<Floats>(sums + row * stride + offset + w * kLanes);
+    for (int w = 0; w < kWide; w++) held[at][w] = load<Floats>(sums + at * stride + w * kLanes);
   for (int64_t cell = 0; cell < num; cell++) {
 #pragma GCC unroll 4
     for (int w = 0; w < kWide; w++) {
       const Floats numbers = cells.numbers(cell, offset + w * kLanes);
 #pragma GCC unroll 4
-      for (int row = 0; row < kRows; row++) held[row][w] = held[row][w] + numbers * weights[row * kBlock + cell];
+      for (int at = 0; at < kRows; at++) held[at][w] = held[at][w] + numbers * weights[at * apart + cell];
     }
   }
 #pragma GCC unroll 4
-  for (int row = 0; row < kRows; row++)
+  for (int at = 0; at < kRows; at++)
 #pragma GCC unroll 4
-    for (int w = 0; w < kWide; w++)
-      __builtin_memcpy(sums + row * stride + offset + w * kLanes, &held[row][w], sizeof(Floats));
+    for (int w = 0; w < kWide; w++) __builtin_memcpy(sums + at * stride + w * kLanes, &held[at][w], sizeof(Floats));
 }
 
-// Turns the scores of a block's `num` cells into weights, and scales what was summed before to the new largest score.
-void weigh(Scratch& scratch, int64_t num, int64_t row, float* scores) {
-  float largest = scratch.largest[row];
+template <int kRows, typename Number>
+void add_values(Scratch& scratch, int64_t row, const Cells<Number>& cells, int64_t num, int64_t first) {
+  int64_t offset = 0;
+  for (; offset + 4 * kLanes <= scratch.stride; offset += 4 * kLanes)
+    add_some_values<kRows, 4>(scratch, row, cells, num, first, offset);
+  for (; offset < scratch.stride; offset += kLanes) add_some_values<kRows, 1>(scratch, row, cells, num, first, offset);
+}
+
+// Turns one head's scores of `num` cells into weights: softmax, rounded to bfloat16 or not.
+void weigh(float* scores, int64_t num, bool rounded) {
   for (int64_t cell = num; cell % kLanes; cell++) scores[cell] = kNever;
-  Floats most = splat<Floats>(largest);
+  Floats most = splat<Floats>(kNever), total = {};
   for (int64_t cell = 0; cell < num; cell += kLanes) {
     const Floats found = load<Floats>(scores + cell);
     most = most > found ? most : found;
   }
+  float largest = kNever, sum = 0;
   for (int lane = 0; lane < kLanes; lane++) largest = std::max(largest, most[lane]);
-  Floats total = {};
   for (int64_t cell = 0; cell < num; cell += kLanes) {
     const Floats weights = exp_of(load<Floats>(scores + cell) - largest);
     __builtin_memcpy(scores + cell, &weights, sizeof(weights));
     total = total + weights;
   }
-  float added = 0;
-  for (int lane = 0; lane < kLanes; lane++) added += total[lane];
-  const float kept = exp_of(scratch.largest[row] - largest);
-  scratch.total[row] = scratch.total[row] * kept + added;
-  scratch.largest[row] = largest;
-  float* sums = scratch.sums.data() + row * scratch.stride;
-  for (int64_t i = 0; i < scratch.stride; i++) sums[i] *= kept;
-}
-
-// Takes a block's first `num` cells into account for kRows heads of one query, the first of which is `row`. visit_k and
-// visit_v call what they are given for the cells of the block.
-template <int kRows, typename VisitK, typename VisitV>
-void attend_to_block(Scratch& scratch, int64_t num, int64_t row, VisitK visit_k, VisitV visit_v) {
-  const int64_t stride = scratch.stride;
-  float* scores = scratch.scores.data();
-  Scoring<kRows> scoring{scratch.q.data() + row * stride, stride, scores};
-  visit_k([&](const auto& cells, int64_t part, int64_t first) { scoring.add(cells, part, first); });
-  if (num % kLanes) scoring.finish(num / kLanes * kLanes);
-#pragma GCC unroll 4
-  for (int at = 0; at < kRows; at++) weigh(scratch, num, row + at, scores + at * kBlock);
-  float* sums = scratch.sums.data() + row * stride;
-  visit_v([&](const auto& cells, int64_t part, int64_t first) {
-    int64_t offset = 0;
-    for (; offset + 4 * kLanes <= stride; offset += 4 * kLanes)
-      add_values<kRows, 4>(cells, part, scores + first, offset, sums, stride);
-    for (; offset < stride; offset += kLanes) add_values<kRows, 1>(cells, part, scores + first, offset, sums, stride);
-  });
-}
-
-template <typename VisitK, typename VisitV>
-void attend_to_block(Scratch& scratch, int64_t num, int64_t row, int64_t rows, VisitK visit_k, VisitV visit_v) {
-  for (const int64_t end = row + rows; row < end; row += kHeads) switch (end - row) {
-      case 1: attend_to_block<1>(scratch, num, row, visit_k, visit_v); break;
-      case 2: attend_to_block<2>(scratch, num, row, visit_k, visit_v); break;
-      case 3: attend_to_block<3>(scratch, num, row, visit_k, visit_v); break;
-      default: attend_to_block<kHeads>(scratch, num, row, visit_k, visit_v);
-    }
-}
-
-void attend(const Call& call, int64_t row, int64_t head, int64_t first, int64_t end) {
-  const int64_t size = call.k.size, groups = call.num_heads / call.k.heads;
-  thread_local Scratch scratch;
-  scratch.prepare(size, (end - first) * groups);
-  const float scale = 1.0f / std::sqrt(static_cast<float>(size));
-  const int32_t* positions = call.positions + row * call.num_queries;
-  const auto at = [&](int64_t query, int64_t group) {
-    return ((row * call.num_queries + query) * call.num_heads + head * groups + group) * size;
-  };
-  const int64_t most = std::min<int64_t>(call.num_tables * call.k.page, call.starts[row] + call.num_new);
-  const auto seen = [&](int64_t query) { return std::min<int64_t>(positions[query] + 1, most); };
-  int64_t last = 0;
-  for (int64_t query = first; query < end; query++) {
-    last = std::max(last, seen(query));
-    for (int64_t group = 0; group < groups; group++)
-      for (int64_t i = 0; i < size; i++)
-        scratch.q[((query - first) * groups + group) * scratch.stride + i] = call.q[at(query, group) + i] * scale;
+  for (int lane = 0; lane < kLanes; lane++) sum += total[lane];
+  for (int64_t cell = 0; cell < num; cell += kLanes) {
+    Floats weights = load<Floats>(scores + cell) / sum;
+    if (rounded) weights = nearest_bfloat16(weights);
+    __builtin_memcpy(scores + cell, &weights, sizeof(weights));
   }
-  for (int64_t begin = 0; begin < last; begin += kBlock) {
-    const int64_t whole = std::min(last - begin, kBlock);
-    // visit(cells, num, first), with `first` counted from the block's first cell.
-    const auto visit_in_place = [&](const Pages& pages, const float* new_cells, auto visit) {
-      visit_cells(call, pages, new_cells, row, head, begin, begin + whole,
-                  [&](const auto& cells, int64_t num, int64_t cell) { visit(cells, num, cell - begin); });
-    };
-    if (end - first == 1) {
-      attend_to_block(
-          scratch, whole, 0, groups, [&](auto visit) { visit_in_place(call.k, call.new_k, visit); },
-          [&](auto visit) { visit_in_place(call.v, call.new_v, visit); });
-      continue;
+}
+
+// Calls act(number of rows as a constant, row) for kHeads rows at a time.
+template <typename Act>
+void in_groups(int64_t row, int64_t num, Act act) {
+  for (const int64_t end = row + num; row < end; row += kHeads) switch (end - row) {
+      case 1: act(std::integral_constant<int, 1>(), row); break;
+      case 2: act(std::integral_constant<int, 2>(), row); break;
+      case 3: act(std::integral_constant<int, 3>(), row); break;
+      default: act(std::integral_constant<int, kHeads>(), row);
     }
-    const auto copy_to = [&](std::vector<float>& to) {
-      return [&](const auto& cells, int64_t num, int64_t cell) {
-        for (int64_t one = 0; one < num; one++)
-          for (int64_t i = 0; i < size; i += kLanes) {
-            const Floats numbers = cells.numbers(one, i);
-            __builtin_memcpy(to.data() + (cell + one) * scratch.stride + i, &numbers, sizeof(numbers));
-          }
-      };
-    };
-    visit_in_place(call.k, call.new_k, copy_to(scratch.k));
-    visit_in_place(call.v, call.new_v, copy_to(scratch.v));
-    for (int64_t query = first; query < end; query++) {
-      const int64_t num = std::min(kBlock, seen(query) - begin);
-      if (num > 0)
-        attend_to_block(
-            scratch, num, (query - first) * groups, groups,
-            [&](auto visit) { visit(scratch.copied(scratch.k), num, 0); },
-            [&](auto visit) { visit(scratch.copied(scratch.v), num, 0); });
+}
+
+// Queries `first` to `end` of a row, for one key/value head.
+struct Task {
+  const Call& call;
+  int64_t row, head, first, end;
+  Scratch& scratch;
+
+  int64_t groups() const { return call.num_heads / call.k.heads; }
+
+  // Cells that a query sees.
+  int64_t seen(int64_t query) const {
+    const int64_t most = std::min<int64_t>(call.num_tables * call.k.page, call.starts[row] + call.num_new);
+    return std::min<int64_t>(call.positions[row * call.num_queries + query] + 1, most);
+  }
+
+  // Calls act(cells, num, first, query) until every query was shown all cells that it sees, in their order.
+  template <typename Act>
+  void show(const Pages& pages, const float* new_cells, int64_t most, Act act) {
+    if (end - first == 1)
+      return visit_cells(call, pages, new_cells, row, head, 0, most,
+                         [&](const auto& cells, int64_t num, int64_t cell) { act(cells, num, cell, first); });
+    const int64_t stride = scratch.stride;
+    for (int64_t begin = 0; begin < most; begin += kBlock) {
+      visit_cells(call, pages, new_cells, row, head, begin, std::min(most, begin + kBlock),
+                  [&](const auto& cells, int64_t num, int64_t cell) {
+                    for (int64_t one = 0; one < num; one++)
+                      for (int64_t i = 0; i < cells.size; i += kLanes) {
+                        const Floats numbers = cells.numbers(one, i);
+                        __builtin_memcpy(scratch.block.data() + (cell - begin + one) * stride + i, &numbers, sizeof(numbers));
+                      }
+                  });
+      const Cells<float> block{scratch.block.data(), stride, stride, nullptr, 0, false};
+      for (int64_t query = first; query < end; query++)
+        if (const int64_t num = std::min(kBlock, seen(query) - begin); num > 0) act(block, num, begin, query);
     }
   }
-  for (int64_t query = first; query < end; query++)
-    for (int64_t group = 0; group < groups; group++) {
-      const int64_t held = (query - first) * groups + group;
-      for (int64_t i = 0; i < size; i++)
-        call.out[at(query, group) + i] = scratch.sums[held * scratch.stride + i] / scratch.total[held];
-    }
-}
+
+  void attend() {
+    const int64_t size = call.k.size, rows = groups();
+    int64_t most = 0;
+    for (int64_t query = first; query < end; query++) most = std::max(most, seen(query));
+    scratch.prepare(size, (end - first) * rows, most);
+    const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+    each([&](int64_t, int64_t held, int64_t at) {
+      for (int64_t i = 0; i < size; i++) {
+        const float scaled = call.q[at + i] * scale;
+        scratch.q[held * scratch.stride + i] = call.rounded ? nearest_bfloat16(scaled) : scaled;
+      }
+    });
+    in_groups(0, rows, [&](auto num_rows, int64_t group) {
+      Scoring<num_rows> scoring{scratch, 0};
+      show(call.k, call.new_k, most, [&](const auto& cells, int64_t num, int64_t cell, int64_t query) {
+        scoring.row = (query - first) * rows + group;
+        scoring.add(cells, num, cell);
+        if (cell + num == seen(query) && seen(query) % kLanes) scoring.finish(seen(query) - 1);
+      });
+    });
+    each([&](int64_t query, int64_t held, int64_t) {
+      weigh(scratch.scores.data() + held * scratch.score_stride, seen(query), call.rounded);
+    });
+    in_groups(0, rows, [&](auto num_rows, int64_t group) {
+      show(call.v, call.new_v, most, [&](const auto& cells, int64_t num, int64_t cell, int64_t query) {
+        add_values<num_rows>(scratch, (query - first) * rows + group, cells, num, cell);
+      });
+    });
+    each([&](int64_t, int64_t held, int64_t at) {
+      std::copy_n(scratch.sums.data() + held * scratch.stride, size, call.out + at);
+    });
+  }
+
+  // Calls act(query, its row in the scratch memory, its first number in q and out) for every query and head.
+  template <typename Act>
+  void each(Act act) const {
+    for (int64_t query = first; query < end; query++)
+      for (int64_t group = 0; group < groups(); group++)
+        act(query, (query - first) * groups() + group,
+            ((row * call.num_queries + query) * call.num_heads + head * groups() + group) * call.k.size);
+  }
+};
 
 // q, out: [B, T, N, H]. pages: [P, S, K, H] of bfloat16's bits, int8 or float32; scales: [P, S, K] or empty.
 // tables: [B, n]. new cells: [B, K, C, H], from position `starts` on. positions: [B, T], which the tables reach.
@@ -373,13 +387,16 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
   const Call call{q.typed_data(),     pages(k, k_scales),     pages(v, v_scales),  tables.typed_data(),
                   starts.typed_data(), positions.typed_data(), new_k.typed_data(),  new_v.typed_data(),
                   out->typed_data(),   queries[1],             queries[2],          new_k.dimensions()[2],
-                  tables.dimensions()[1]};
-  const int64_t rows = queries[0], heads = dims[2], parts = (queries[1] + kQueries - 1) / kQueries;
+                  tables.dimensions()[1], rounded};
+  const int64_t rows = queries[0], heads = dims[2], scores = queries[2] / heads * call.num_tables * dims[1];
+  const int64_t at_once = std::clamp<int64_t>(kScores / scores, 1, kQueries), parts = (queries[1] + at_once - 1) / at_once;
   const int64_t apart = rows * parts >= 2 * pool.num_threads() ? 1 : heads;
   share_out(pool, rows * parts * apart, [call, heads, parts, apart](int64_t task) {
     const int64_t share = task % apart, part = task / apart % parts, row = task / apart / parts;
+    thread_local Scratch scratch;
+    const int64_t first = call.num_queries * part / parts, end = call.num_queries * (part + 1) / parts;
     for (int64_t head = heads * share / apart; head < heads * (share + 1) / apart; head++)
-      attend(call, row, head, call.num_queries * part / parts, call.num_queries * (part + 1) / parts);
+      Task{call, row, head, first, end, scratch}.attend();
   });
   return ffi::Error::Success();
 }

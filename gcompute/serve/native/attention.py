@@ -11,10 +11,11 @@ from gcompute.serve.native.build import target
 def attend(
     q_BTNH: Float[Array, "b t n h"], cache: RowCache, layer: int, positions_BT: Int[Array, "b t"], suffix: str = ""
 ) -> Float[Array, "b t n h"]:
-    """softmax(q k^T / sqrt(H)) v in float32 over the cells up to each query's position.
+    """softmax(q k^T / sqrt(H)) v over the cells up to each query's position, as float32.
 
-    `cache` has its pages in place. Sums run over cells in their order, whichever of them are new, and a query's do not
-    depend on the other queries or rows.
+    Scaled queries and weights are rounded to the cache's compute dtype, as by the model's own attention. `cache` has its
+    pages in place. Sums run over cells in their order, whichever of them are new, and a query's do not depend on the
+    other queries or rows.
     """
     assert cache.tables_BN is not None
     no_scales = jnp.zeros(0, jnp.float32)

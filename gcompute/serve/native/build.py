@@ -38,15 +38,14 @@ class BuildError(RuntimeError):
     """The kernels cannot be compiled here; the message says why."""
 
 
-@remember
 def available() -> bool:
-    """Whether XLA on CPU can call the kernels; the first call compiles and registers them."""
+    """Whether XLA on CPU can call the kernels."""
     return why_not() is None
 
 
 @remember
 def why_not() -> str | None:
-    """Why it cannot, or None."""
+    """Why it cannot, or None; the first call compiles and registers them."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
     try:

@@ -43,7 +43,7 @@ struct Int8 {
   using Sums = Integers;
   static Sums add(Sums sums, Words w, uint32_t x) {
 #if defined(__AVX512VNNI__)
-    // The instruction takes x without a sign: 128 is added to each, and taken back by `corrected`.
+    // The instruction takes x without a sign: 128 is added to each, and `offset` takes it back.
     return reinterpret_cast<Sums>(_mm512_dpbusd_epi32(
         reinterpret_cast<__m512i>(sums), _mm512_set1_epi32(x ^ 0x80808080u), reinterpret_cast<__m512i>(w)));
 #else
