@@ -13,9 +13,9 @@ def attend(
 ) -> Float[Array, "b t n h"]:
     """softmax(q k^T / sqrt(H)) v over the cells up to each query's position, as float32.
 
-    Scaled queries and weights are rounded to the cache's compute dtype, as by the model's own attention. `cache`
-    has its pages in place. Sums run over cells in their order, whichever of them are new, and a query's do not depend on the
-    other queries or rows.
+    Scaled queries and weights are rounded to the cache's compute dtype, as by the model's own attention. `cache` has
+    its pages in place. Sums run over cells in their order, whichever of them are new, and a query's do not depend on
+    the other queries or rows.
     """
     assert cache.tables_BN is not None
     no_scales = jnp.zeros(0, jnp.float32)
