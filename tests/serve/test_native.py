@@ -26,9 +26,7 @@ PAGE = 4
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("no-dot-products", "no-avx") else []) for name in LESSER
-    ],
+    params=[pytest.param(name, marks=[pytest.mark.slow] if flags else []) for name, flags in LESSER.items()],
 )
 def suffix(request, tmp_path_factory) -> str:
     """Of the names of kernels that are compiled with some instructions left out."""
