@@ -24,7 +24,7 @@ from gcompute.measure.machine import CPUINFO_FILE
 
 HERE = Path(__file__).parent
 SOURCES = tuple(HERE / name for name in ("products.cc", "attention.cc"))
-HEADERS = (HERE / "vectors.h",)
+HEADERS = tuple(HERE / name for name in ("vectors.h", "panels.h", "cells.h"))
 KERNELS = ("product_float32", "product_bfloat16", "product_int8", "attention_paged")
 PREFIX = "gcompute_"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
