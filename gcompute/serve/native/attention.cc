@@ -188,7 +188,7 @@ struct Task {
     over_blocks(keys, most, first_values, [&](const uint32_t* staged, int64_t head, int64_t cell, auto& fetching) {
       pack_keys(staged, stride, panels, fetching);
       over_tiles(head, cell, [&](int64_t held, int64_t num) {
-        multiply<Kind, 0>(num, Rows{q + held * stride, stride}, panels, key_words, scores + held * score_stride + cell,
+        multiply<Kind>(num, Rows{q + held * stride, stride}, panels, key_words, scores + held * score_stride + cell,
                           score_stride);
       });
     });
@@ -199,7 +199,7 @@ struct Task {
       over_tiles(head, cell, [&](int64_t held, int64_t num) {
         const auto* weights = reinterpret_cast<const uint32_t*>(scores + held * score_stride) + cell / kNumbers<Kind>;
         for (int64_t column = 0; column < sum_stride; column += kPanel)
-          multiply<Kind, 0, true>(num, Rows{weights, score_stride}, panels + column * kWords, kWords,
+          multiply<Kind, true>(num, Rows{weights, score_stride}, panels + column * kWords, kWords,
                                   sums + held * sum_stride + column, sum_stride);
       });
     });

@@ -67,42 +67,59 @@ struct Rows {
   int64_t stride;
 };
 
-// y += or = kRows rows times one panel, `width` of its columns; tells the processor to fetch `kAhead` words ahead.
-template <typename Kind, int kAhead, bool kAdds, int kRows>
-void tile(Rows x, const uint32_t* panel, int64_t num_words, typename Kind::Sum* y, int64_t stride, int64_t width) {
+// What the processor is told to fetch meanwhile: so many lines for every kTogether words.
+struct Ahead {
+  const char* from;
+  int64_t lines;
+};
+constexpr int64_t kTogether = 16;
+
+// y += or = kRows rows times one panel, `width` of its columns.
+template <typename Kind, bool kAdds, bool kFetches, int kRows>
+void tile(Rows x, const uint32_t* panel, int64_t num_words, typename Kind::Sum* y, int64_t stride, int64_t width,
+          Ahead ahead) {
   typename Kind::Sums sums[kRows][kVectors] = {}, offset[kVectors] = {};
+  typename Kind::Sum line[kPanel] = {};
+  const bool whole = width == kPanel;
   if constexpr (kAdds)
-    for (int row = 0; row < kRows; row++)
-      for (int v = 0; v < kVectors; v++) sums[row][v] = load<typename Kind::Sums>(y + row * stride + v * kLanes);
-  for (int64_t word = 0; word < num_words; word++, panel += kPanel) {
-    Words w[kVectors];
-    for (int v = 0; v < kVectors; v++) {
-      w[v] = load<Words>(panel + v * kLanes);
-      if constexpr (kAhead > 0) __builtin_prefetch(panel + v * kLanes + kAhead);
-      // 128 times the sum of the weights: of a row of zeros, to which 128 is added as to any.
-      if constexpr (has_offset<Kind>()) offset[v] = Kind::add(offset[v], w[v], 0);
+    for (int row = 0; row < kRows; row++) {
+      if (!whole) std::copy_n(y + row * stride, width, line);
+      for (int v = 0; v < kVectors; v++)
+        sums[row][v] = load<typename Kind::Sums>((whole ? y + row * stride : line) + v * kLanes);
     }
+  // The loop over words has no registers left to fetch with.
+  for (int64_t word = 0, end; word < num_words; word = end) {
+    end = kFetches ? std::min(num_words, word + kTogether) : num_words;
+    if constexpr (kFetches)
+      for (int64_t line = 0; line < ahead.lines; line++, ahead.from += 64) __builtin_prefetch(ahead.from);
+    for (int64_t at = word; at < end; at++, panel += kPanel) {
+      Words w[kVectors];
+      for (int v = 0; v < kVectors; v++) {
+        w[v] = load<Words>(panel + v * kLanes);
+        // 128 times the sum of the weights: of a row of zeros, to which 128 is added as to any.
+        if constexpr (has_offset<Kind>()) offset[v] = Kind::add(offset[v], w[v], 0);
+      }
 #pragma GCC unroll 12
-    for (int row = 0; row < kRows; row++)
-      for (int v = 0; v < kVectors; v++) sums[row][v] = Kind::add(sums[row][v], w[v], x.words[row * x.stride + word]);
+      for (int row = 0; row < kRows; row++)
+        for (int v = 0; v < kVectors; v++) sums[row][v] = Kind::add(sums[row][v], w[v], x.words[row * x.stride + at]);
+    }
   }
   for (int row = 0; row < kRows; row++) {
-    typename Kind::Sum line[kPanel];
     for (int v = 0; v < kVectors; v++) {
       const typename Kind::Sums total = sums[row][v] - offset[v];
-      __builtin_memcpy(line + v * kLanes, &total, sizeof(total));
+      __builtin_memcpy((whole ? y + row * stride : line) + v * kLanes, &total, sizeof(total));
     }
-    std::copy(line, line + width, y + row * stride);
+    if (!whole) std::copy_n(line, width, y + row * stride);
   }
 }
 
 // The same for kMostRows rows at most.
-template <typename Kind, int kAhead, bool kAdds = false, int kRows = kMostRows>
+template <typename Kind, bool kAdds = false, bool kFetches = false, int kRows = kMostRows>
 void multiply(int64_t rows, Rows x, const uint32_t* panel, int64_t num_words, typename Kind::Sum* y, int64_t stride,
-              int64_t width = kPanel) {
+              int64_t width = kPanel, Ahead ahead = {}) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return tile<Kind, kAhead, kAdds, kRows>(x, panel, num_words, y, stride, width);
-    multiply<Kind, kAhead, kAdds, kRows - 1>(rows, x, panel, num_words, y, stride, width);
+    if (rows == kRows) return tile<Kind, kAdds, kFetches, kRows>(x, panel, num_words, y, stride, width, ahead);
+    multiply<Kind, kAdds, kFetches, kRows - 1>(rows, x, panel, num_words, y, stride, width, ahead);
   }
 }
 

@@ -9,9 +9,6 @@
 
 namespace {
 
-// Words ahead of those that are multiplied which the processor is told to fetch.
-constexpr int kAhead = 1024;
-
 // x: [M, I]. panels: [ceil(O / kPanel), words of a row, kPanel]. y: [M, O].
 template <typename Kind, typename X, typename Y>
 ffi::Error product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, Y y) {
@@ -28,10 +25,16 @@ ffi::Error product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, Y y)
   share_out(pool, pieces, [=](int64_t piece) {
     for (int64_t at = num_panels * piece / pieces; at < num_panels * (piece + 1) / pieces; at++) {
       const int64_t width = std::min<int64_t>(kPanel, outputs - at * kPanel);
+      const uint32_t* panel = weights + at * num_words * kPanel;
+      // One pass over the panels is in the order of memory, which the processor fetches best by itself. More passes over
+      // each would leave the memory idle, but that every one fetches its share of the next panel.
+      const int64_t lines = tiles == 1 ? 0 : (kTogether * kPanel * 4 / 64 + tiles - 1) / tiles;
+      const char* next = reinterpret_cast<const char*>(panel + num_words * kPanel);
       for (int64_t part = 0; part < tiles; part++) {
         const int64_t first = rows * part / tiles, end = rows * (part + 1) / tiles;
-        multiply<Kind, kAhead>(end - first, Rows{from + first * num_words, num_words}, weights + at * num_words * kPanel,
-                               num_words, to + first * outputs + at * kPanel, outputs, width);
+        multiply<Kind, false, true>(end - first, Rows{from + first * num_words, num_words}, panel, num_words,
+                                    to + first * outputs + at * kPanel, outputs, width,
+                                    Ahead{next + part * lines * 64 * (num_words / kTogether), lines});
       }
     }
   });
