@@ -67,6 +67,9 @@ def forward(
     rotary = None
     if config.positions == "rope":
         rotary = rotary_table(positions_BT, config.head_size, config.rope_theta, accumulator(execution.compute))
+        if cache.tables_BN is not None:
+            # Or XLA on CPU computes a cosine for every number of every layer.
+            rotary = few_rows.settled(rotary, zero)
     few = tokens_BT.size <= few_rows.MOST_ROWS
     product = partial(apply, compute=execution.compute, zero=zero, few=few)
     cache = started(cache, positions_BT)
@@ -96,7 +99,7 @@ def forward(
         x_BTD = jnp.take_along_axis(x_BTD, logits_at_B[:, None, None], axis=1)
     x_BTD = constrain(placement, _norm(config, params["norm"], x_BTD), "BTD")
     logits_BTV = constrain(placement, _logits(params, x_BTD, product, execution.compute), "BTV")
-    if placement is None:
+    if placement is None and not _is_packed(params):
         # Or it fuses the output layer with what is chosen from the logits, into one loop on one core.
         logits_BTV = few_rows.settled(logits_BTV, zero)
     return logits_BTV if logits_at_B is None else logits_BTV[:, 0], cache
@@ -270,6 +273,11 @@ def _feed_forward(weights: Params, x_BTD: Array, product: Product, config: Model
     else:
         hidden_BTF = act(up_BTF)
     return with_bias(linear(constrain(placement, hidden_BTF, "BTF"), own["down_FD"], compute), "down_bias_D")
+
+
+def _is_packed(params: Params) -> bool:
+    """Whether the output layer is a product that XLA fuses with nothing."""
+    return "head" in params and (params["head"].panels_PWN is not None or "embedding_PWN" in params)
 
 
 def _logits(params: Params, x_BTD: Array, product: Product, compute: jnp.dtype) -> Array:
