@@ -7,61 +7,10 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from model import (
-    CONTEXT,
-    DIM,
-    EPS,
-    FFN,
-    GENERATED,
-    HEADS,
-    KV_HEADS,
-    LAYERS,
-    PROMPT,
-    THETA,
-    VOCAB,
-    arguments,
-    prompts,
-    report,
-    weights,
-)
+from model import GENERATED, PROMPT, arguments, prompts, report
 
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
-
-STEPS = 8
-
-
-def model_params() -> Any:
-    """The benchmark's weights in the model's own tree, layers stacked."""
-    import numpy as np
-
-    named = weights()
-
-    def stacked(name: str, *shape: int) -> Any:
-        """[L, ...], from matrices that are [out, in]."""
-        return np.stack([named[f"model.layers.{layer}.{name}.weight"].T.reshape(shape) for layer in range(LAYERS)])
-
-    head = DIM // HEADS
-    return {
-        "embedding_VD": named["model.embed_tokens.weight"],
-        "norm": {"scale": named["model.norm.weight"]},
-        "blocks": {
-            "attention_norm": {"scale": stacked("input_layernorm", DIM)},
-            "mlp_norm": {"scale": stacked("post_attention_layernorm", DIM)},
-            "attention": {
-                "q_DNH": stacked("self_attn.q_proj", DIM, HEADS, head),
-                "k_DKH": stacked("self_attn.k_proj", DIM, KV_HEADS, head),
-                "v_DKH": stacked("self_attn.v_proj", DIM, KV_HEADS, head),
-                "o_NHD": stacked("self_attn.o_proj", HEADS, head, DIM),
-            },
-            "mlp": {
-                "gate_DF": stacked("mlp.gate_proj", DIM, FFN),
-                "up_DF": stacked("mlp.up_proj", DIM, FFN),
-                "down_FD": stacked("mlp.down_proj", FFN, DIM),
-            },
-        },
-    }
 
 
 def main() -> None:
@@ -78,45 +27,28 @@ def main() -> None:
 
     import jax
     import numpy as np
+    from ours_engine import engine, serve_config
 
-    from gcompute.config.model import ModelConfig
-    from gcompute.config.serve import ServeConfig
     from gcompute.measure.roofline import measure_roofline
-    from gcompute.serve.engine import Engine
     from gcompute.serve.request import Request, Sampling
     from gcompute.serve.stream import Tokens
 
-    config = ModelConfig(
-        vocab=VOCAB,
-        layers=LAYERS,
-        dim=DIM,
-        heads=HEADS,
-        kv_heads=KV_HEADS,
-        ffn=FFN,
-        context=CONTEXT,
-        norm_eps=EPS,
-        rope_theta=THETA,
-    )
     batch = options.batch
-    serve = ServeConfig(
-        slots=batch,
+    serve = serve_config(
+        batch,
         max_queue=batch,
-        max_context=PROMPT + GENERATED,
-        decode_steps=STEPS,
-        chunk=PROMPT,
         # All prompts are read before anybody decodes, as the peers do it.
         token_budget=batch * (PROMPT + 1),
-        prefix_cache=False,
         weights=None if options.weights == "bfloat16" else "int8",
         kv=None if options.kv == "bfloat16" else "int8",
     )
     asked = Sampling(max_tokens=GENERATED, temperature=0, ignore_eos=True)
     requests = [Request(prompt=tuple(row), sampling=asked) for row in prompts(batch).tolist()]
     prefill_s, decode_s, tokens = [], [], np.zeros((1, 0))
-    with Engine(model_params(), config, None, serve) as engine:
+    with engine(serve) as running:
         for _ in range(1 + options.repeats):
             began = time.perf_counter()
-            streams = engine.submit_all(requests)
+            streams = running.submit_all(requests)
             firsts = [stream.get() for stream in streams]
             prefill_s.append(time.perf_counter() - began)
             began = time.perf_counter()
@@ -126,7 +58,7 @@ def main() -> None:
             tokens = np.array(
                 [[token for one in row if isinstance(one, Tokens) for token in one.ids] for row in events]
             )
-        assert engine.stats().num_late_compilations == 0
+        assert running.stats().num_late_compilations == 0
     precision = f"{options.weights} weights, {options.kv} keys and values"
     # Measured now, on the machine as it is now: what other work leaves of it changes from minute to minute.
     roofline = measure_roofline()

@@ -29,6 +29,7 @@ from gcompute.serve import few_rows
 from gcompute.serve.int8 import int8_product, quantize
 from gcompute.serve.kv_pool import RowCache, in_order, started, store
 from gcompute.serve.native import attention as native_attention
+from gcompute.serve.native import norms as native_norms
 from gcompute.serve.native import products as native_products
 from gcompute.serve.weights import Matrix
 
@@ -74,9 +75,11 @@ def forward(
     product = partial(apply, compute=execution.compute, zero=zero, few=few)
     cache = started(cache, positions_BT)
     visible = _visible(cache, positions_BT)
+    add_norm = partial(_add_norm, config, execution, native=_has_native_norms(config, cache, execution))
+    fed_BTD = None
     for layer in range(config.layers):
         weights = params["blocks"][layer]
-        normed_BTD = constrain(placement, _norm(config, weights["attention_norm"], x_BTD), "BTD")
+        x_BTD, normed_BTD = add_norm(weights["attention_norm"], x_BTD, fed_BTD, weights.get("qkv"))
         q_BTNH, k_BTKH, v_BTKH = _queries_keys_values(weights, normed_BTD, rotary, product, config, execution)
         if ordered and cache.tables_BN is not None:
             # Fused with their storing, they would be rounded as the number of new cells has it.
@@ -91,10 +94,9 @@ def forward(
         # Left free, XLA may split whole heads for the product after it, and gather the cells to give it back.
         o_BTNH = constrain(placement, o_BTNH, "BTNH")
         mixed_BTD = _attention_output(weights, o_BTNH, product, config, execution)
-        x_BTD = constrain(placement, x_BTD + constrain(placement, mixed_BTD.astype(x_BTD.dtype), "BRD"), "BRD")
-        normed_BTD = constrain(placement, _norm(config, weights["mlp_norm"], x_BTD), "BTD")
+        x_BTD, normed_BTD = add_norm(weights["mlp_norm"], x_BTD, mixed_BTD, weights.get("into"))
         fed_BTD = _feed_forward(weights, normed_BTD, product, config, execution)
-        x_BTD = constrain(placement, x_BTD + constrain(placement, fed_BTD.astype(x_BTD.dtype), "BRD"), "BRD")
+    x_BTD = _sum(execution, x_BTD, fed_BTD)
     if logits_at_B is not None:
         x_BTD = jnp.take_along_axis(x_BTD, logits_at_B[:, None, None], axis=1)
     x_BTD = constrain(placement, _norm(config, params["norm"], x_BTD), "BTD")
@@ -190,6 +192,41 @@ def _visible(cache: RowCache, positions_BT: Array) -> tuple[Array, Array]:
     old_S, new_C = jnp.arange(cache.length), jnp.arange(cache.num_new)
     at_BT1 = positions_BT[..., None]
     return (old_S < start_B11) & (old_S <= at_BT1), start_B11 + new_C <= at_BT1
+
+
+def _sum(execution: Execution, x_BTD: Array, y_BTD: Array | None) -> Array:
+    """The stream with a layer's output added to it."""
+    if y_BTD is None:
+        return x_BTD
+    placement = execution.placement
+    return constrain(placement, x_BTD + constrain(placement, y_BTD.astype(x_BTD.dtype), "BRD"), "BRD")
+
+
+def _has_native_norms(config: ModelConfig, cache: RowCache, execution: Execution) -> bool:
+    return cache.tables_BN is not None and config.norm == "rmsnorm" and execution.residual == jnp.float32
+
+
+def _add_norm(
+    config: ModelConfig,
+    execution: Execution,
+    weights: Params,
+    x_BTD: Array,
+    y_BTD: Array | None,
+    matrix: Matrix | None,
+    *,
+    native: bool,
+) -> tuple[Array, Array]:
+    """The sum of the stream and a layer's output, and its norm, which `matrix`, if there is one, alone multiplies."""
+    if not native or y_BTD is None:
+        x_BTD = _sum(execution, x_BTD, y_BTD)
+        return x_BTD, constrain(execution.placement, _norm(config, weights, x_BTD), "BTD")
+    # Rounded here if that is all that the product would do to it.
+    rounds = matrix is not None and matrix.scale_O is None
+    dtype = execution.compute if rounds else jnp.dtype(jnp.float32)
+    flat_MD, added_MD = (part.reshape(-1, config.dim).astype(jnp.float32) for part in (x_BTD, y_BTD))
+    both = native_norms.add_rms_norm(flat_MD, added_MD, weights["scale"], config.norm_eps, dtype)
+    x_BTD, normed_BTD = (part.reshape(x_BTD.shape) for part in both)
+    return x_BTD, normed_BTD
 
 
 def _norm(config: ModelConfig, weights: Params, x_BTD: Array) -> Array:
