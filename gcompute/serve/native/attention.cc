@@ -74,10 +74,10 @@ struct Call {
 };
 
 // A thread's memory, kept from task to task. Of a key/value head's queries and their heads, in this order, a row each:
-// q's words, scores and sums of values; and a block of cells, staged and as panels. Strides are in words.
+// q's words, scores and sums of values; and a block of cells, copied and as panels. Strides are in words.
 struct Scratch {
   int64_t cell_stride, score_stride, sum_stride;
-  std::vector<uint32_t> staged, panels, q;
+  std::vector<uint32_t> copies, panels, q;
   std::vector<float> scores, sums;
 
   void prepare(int64_t size, int64_t numbers, int64_t heads, int64_t rows, int64_t num_cells) {
@@ -85,7 +85,7 @@ struct Scratch {
     cell_stride = sum_stride / numbers;
     // Not a power of 2, lest rows share lines of the cache.
     score_stride = rounded_up(num_cells, kBlock) + kLanes;
-    grow(staged, heads * kBlock * cell_stride);
+    grow(copies, (kBlock + 1) * heads * cell_stride);
     grow(panels, kBlock * cell_stride);
     grow(q, rows * cell_stride);
     grow(scores, rows * score_stride);
@@ -130,19 +130,17 @@ struct Task {
     return Block(cells(call.k, call.new_k), 0, std::min<int64_t>(seen_by(0, rows_of_head), kBlock));
   }
 
-  // Calls act(staged cells, head of the task's, first cell, fetch) for every head of every block, which calls
-  // fetching() now and then: so comes the next block, and after the last one `then`, while this one is worked on.
+  // Calls act(cells, head of the task's, first cell, fetch) for every head of every block, which calls fetch(lines) now
+  // and then: so comes the next block, and after the last one `then`, while this one is worked on.
   template <typename Act>
   void over_blocks(const RowOfCells& cells, int64_t most, const Block& then, Act act) const {
-    const int64_t heads = end_head - first_head;
     Block block(cells, 0, std::min<int64_t>(most, kBlock));
     for (int64_t first = 0; first < most; first += kBlock) {
       const int64_t left = most - first - kBlock;
       const Block next = left > 0 ? Block(cells, first + kBlock, std::min<int64_t>(left, kBlock)) : then;
-      stage<Kind>(block, scratch.cell_stride, scratch.staged.data());
-      Fetching fetching{next};
-      for (int64_t head = 0; head < heads; head++)
-        act(scratch.staged.data() + head * kBlock * scratch.cell_stride, head, first, fetching);
+      const Operands operands = operands_of<Kind>(block, scratch.cell_stride, scratch.copies.data());
+      Fetching fetch{next};
+      for (int64_t head = 0; head < end_head - first_head; head++) act(operands, head, first, fetch);
       block = next;
     }
   }
@@ -185,17 +183,17 @@ struct Task {
     });
     const RowOfCells keys = cells(call.k, call.new_k), values = cells(call.v, call.new_v);
     const Block first_values(values, 0, std::min<int64_t>(most, kBlock));
-    over_blocks(keys, most, first_values, [&](const uint32_t* staged, int64_t head, int64_t cell, auto& fetching) {
-      pack_keys(staged, stride, panels, fetching);
+    over_blocks(keys, most, first_values, [&](const Operands& cells, int64_t head, int64_t cell, auto& fetch) {
+      pack_keys(cells, head, panels, fetch);
       over_tiles(head, cell, [&](int64_t held, int64_t num) {
         multiply<Kind>(num, Rows{q + held * stride, stride}, panels, key_words, scores + held * score_stride + cell,
                           score_stride);
       });
     });
     each([&](int64_t query, int64_t held, int64_t) { weigh<Kind>(scores + held * score_stride, seen(query), ends); });
-    over_blocks(values, most, after, [&](const uint32_t* staged, int64_t head, int64_t cell, auto& fetching) {
+    over_blocks(values, most, after, [&](const Operands& cells, int64_t head, int64_t cell, auto& fetch) {
       constexpr int64_t kWords = kBlock / kNumbers<Kind>;
-      pack_values<Kind>(staged, stride, panels, fetching);
+      pack_values<Kind>(cells, head, panels, fetch);
       over_tiles(head, cell, [&](int64_t held, int64_t num) {
         const auto* weights = reinterpret_cast<const uint32_t*>(scores + held * score_stride) + cell / kNumbers<Kind>;
         for (int64_t column = 0; column < sum_stride; column += kPanel)

@@ -103,6 +103,8 @@ struct Block {
 
   Block() = default;
 
+  int64_t heads() const { return row.end_head - row.first_head; }
+
   Block(const RowOfCells& row, int64_t first, int64_t num)
       : row(row), first(first), num(num), num_old(std::clamp<int64_t>(row.start - first, 0, num)) {
     const Pages& pages = row.pages;
@@ -117,50 +119,71 @@ struct Block {
     }
   }
 
-  int64_t cell_bytes() const { return (row.end_head - row.first_head) * row.pages.size * row.pages.number_bytes(); }
 };
 
-// Tells the processor to fetch what a block has in pages, a line at a time, in the order of memory.
+// Tells the processor to fetch what a block has in pages, in the order of memory: into the second cache, for the first has
+// no room for it beside what is worked on.
 struct Fetching {
   const Block& block;
-  const int64_t cell_bytes = block.cell_bytes();
-  int64_t cell = 0;
-  const char *line = block.old_cells[0], *end = line + cell_bytes;
+  const int64_t cell_bytes = block.heads() * block.row.pages.size * block.row.pages.number_bytes();
+  int64_t cell = 0, byte = 0;
 
-  void operator()() {
-    if (cell >= block.num_old) return;
-    __builtin_prefetch(line);
-    line += 64;
-    if (line < end) return;
-    cell++;
-    line = block.old_cells[std::min<int64_t>(cell, kBlock - 1)];
-    end = line + cell_bytes;
+  void operator()(int num_lines) {
+    int64_t at = cell, offset = byte;
+    for (; num_lines > 0 && at < block.num_old; num_lines--) {
+      __builtin_prefetch(block.old_cells[at] + offset, 0, 1);
+      offset += 64;
+      if (offset >= cell_bytes) offset = 0, at++;
+    }
+    cell = at, byte = offset;
   }
 };
 
-// Copies a block as [heads, kBlock, stride] words; zeros past a cell's numbers and where there is no cell.
+// A block's cells as words: `cells` are where they begin, and `stride` words lie from head to head, of which those past
+// a head's numbers are zero. Cells that there are not are zero.
+struct Operands {
+  const uint32_t* cells[kBlock];
+  int64_t stride;
+};
+
+// Cells that are not words already are copied to `to`, [kBlock + 1, heads, stride].
 template <typename Kind, typename Number>
-void stage_of(const Block& block, int64_t stride, uint32_t* to) {
+Operands operands_of(const Block& block, int64_t stride, uint32_t* to) {
   const RowOfCells& row = block.row;
-  const int64_t size = row.pages.size, heads = row.end_head - row.first_head;
-  for (int64_t cell = 0; cell < block.num_old; cell++)
+  const int64_t size = row.pages.size, heads = block.heads();
+  constexpr bool kSame = !std::is_same_v<Number, int8_t> && sizeof(Number) * kNumbers<Kind> == sizeof(uint32_t);
+  Operands found{{}, stride};
+  for (int64_t cell = 0; cell < block.num_old; cell++) {
+    const Number* from = reinterpret_cast<const Number*>(block.old_cells[cell]);
+    uint32_t* copy = to + cell * heads * stride;
+    found.cells[cell] = copy;
+    if (kSame && size == stride * kNumbers<Kind>) {
+      found.cells[cell] = reinterpret_cast<const uint32_t*>(from);
+      continue;
+    }
     for (int64_t head = 0; head < heads; head++)
-      copy_cell<Kind>(reinterpret_cast<const Number*>(block.old_cells[cell]) + head * size, size,
-                      sizeof(Number) == 1 ? block.scales[cell][head] : 1.0f, stride, to + (head * kBlock + cell) * stride);
-  for (int64_t head = 0; head < heads; head++) {
-    const float* cells = row.new_cells + ((row.first_head + head) * row.num_new + block.first - row.start) * size;
-    for (int64_t cell = block.num_old; cell < block.num; cell++)
-      copy_cell<Kind>(cells + cell * size, size, 1.0f, stride, to + (head * kBlock + cell) * stride);
-    std::fill(to + (head * kBlock + block.num) * stride, to + (head + 1) * kBlock * stride, 0);
+      copy_cell<Kind>(from + head * size, size, sizeof(Number) == 1 ? block.scales[cell][head] : 1.0f, stride,
+                      copy + head * stride);
   }
+  for (int64_t cell = block.num_old; cell < block.num; cell++) {
+    found.cells[cell] = to + cell * heads * stride;
+    for (int64_t head = 0; head < heads; head++) {
+      const int64_t at = (row.first_head + head) * row.num_new + block.first + cell - row.start;
+      copy_cell<Kind>(row.new_cells + at * size, size, 1.0f, stride, to + (cell * heads + head) * stride);
+    }
+  }
+  uint32_t* zeros = to + kBlock * heads * stride;
+  if (block.num < kBlock) std::fill(zeros, zeros + heads * stride, 0);
+  std::fill(found.cells + block.num, found.cells + kBlock, zeros);
+  return found;
 }
 
 template <typename Kind>
-void stage(const Block& block, int64_t stride, uint32_t* to) {
+Operands operands_of(const Block& block, int64_t stride, uint32_t* to) {
   switch (block.row.pages.dtype) {
-    case ffi::F32: return stage_of<Kind, float>(block, stride, to);
-    case ffi::S8: return stage_of<Kind, int8_t>(block, stride, to);
-    default: return stage_of<Kind, uint16_t>(block, stride, to);
+    case ffi::F32: return operands_of<Kind, float>(block, stride, to);
+    case ffi::S8: return operands_of<Kind, int8_t>(block, stride, to);
+    default: return operands_of<Kind, uint16_t>(block, stride, to);
   }
 }
 
@@ -187,44 +210,49 @@ inline void transpose(Words* rows) {
   if constexpr (kWidth > 1) transpose<kWidth / 2>(rows);
 }
 
-// One head's staged keys as a panel with a column a cell: [stride, kPanel]. Calls between() for every vector.
-template <typename Between>
-void pack_keys(const uint32_t* cells, int64_t stride, uint32_t* panel, Between& between) {
+// One head's keys as a panel with a column a cell: [stride, kPanel]. Calls fetch(lines) now and then.
+template <typename Fetch>
+void pack_keys(const Operands& keys, int64_t head, uint32_t* panel, Fetch& fetch) {
   static_assert(kBlock == kPanel);
   for (int64_t cell = 0; cell < kBlock; cell += kLanes)
-    for (int64_t word = 0; word < stride; word += kLanes) {
+    for (int64_t word = 0; word < keys.stride; word += kLanes) {
       Words rows[kLanes];
-      for (int lane = 0; lane < kLanes; lane++) rows[lane] = load<Words>(cells + (cell + lane) * stride + word);
+      for (int lane = 0; lane < kLanes; lane++)
+        rows[lane] = load<Words>(keys.cells[cell + lane] + head * keys.stride + word);
+      fetch(kLanes);
       transpose(rows);
-      for (int lane = 0; lane < kLanes; lane++) {
+      for (int lane = 0; lane < kLanes; lane++)
         __builtin_memcpy(panel + (word + lane) * kPanel + cell, &rows[lane], sizeof(Words));
-        between();
-      }
     }
 }
 
-// One head's staged values as panels with a column a number: [H / kPanel, kBlock / kNumbers, kPanel]. A word of bfloat16
-// holds the same number of two cells, first those of even numbers: `unpack_sums` puts them in order.
-template <typename Kind, typename Between>
-void pack_values(const uint32_t* cells, int64_t stride, uint32_t* panels, Between& between) {
+// One head's values as panels with a column a number: [H / kPanel, kBlock / kNumbers, kPanel]. A word of bfloat16 holds
+// the same number of two cells, first those of even numbers: `unpack_sums` puts them in order.
+template <typename Kind, typename Fetch>
+void pack_values(const Operands& values, int64_t head, uint32_t* panels, Fetch& fetch) {
   constexpr int64_t kWords = kBlock / kNumbers<Kind>;
-  for (int64_t word = 0; word < kWords; word++)
-    for (int64_t at = 0; at < stride; at += kLanes) {
-      const int64_t column = at * kNumbers<Kind>;
+  for (int64_t word = 0; word < kWords; word++) {
+    if (word % 4 == 0) fetch(4 * kPanel / kLanes * kNumbers<Kind>);
+    for (int64_t at = 0; at < values.stride; at += kLanes) {
+      const int64_t column = at * kNumbers<Kind>, from = head * values.stride + at;
       uint32_t* to = panels + (column / kPanel * kWords + word) * kPanel + column % kPanel;
-      const uint32_t* from = cells + word * kNumbers<Kind> * stride + at;
-      const Words first = load<Words>(from);
+      const Words first = load<Words>(values.cells[word * kNumbers<Kind>] + from);
       if constexpr (std::is_same_v<Kind, Float32>) {
         __builtin_memcpy(to, &first, sizeof(Words));
       } else {
-        const Words second = load<Words>(from + stride);
+        const Words second = load<Words>(values.cells[word * 2 + 1] + from);
         const Words even = (first & 0xffffu) | (second << 16), odd = (first >> 16) | (second & 0xffff0000u);
         __builtin_memcpy(to, &even, sizeof(Words));
         __builtin_memcpy(to + kLanes, &odd, sizeof(Words));
-        between();
       }
-      between();
     }
+  }
+}
+
+// The lanes of a and b in turn, from lane kFirst on.
+template <int kFirst, size_t... kLane>
+inline Words in_turn(Words a, Words b, std::index_sequence<kLane...>) {
+  return GCOMPUTE_SHUFFLE(a, b, (kFirst + kLane / 2 + kLane % 2 * kLanes)...);
 }
 
 // Writes the sums of a head's panels in the order of its numbers.
@@ -233,9 +261,12 @@ inline void unpack_sums(const float* sums, int64_t size, float* out) {
   if constexpr (std::is_same_v<Kind, Float32>) {
     std::copy(sums, sums + size, out);
   } else {
-    for (int64_t first = 0; first < size; first += 2 * kLanes)
-      for (int i = 0, num = std::min<int64_t>(size - first, 2 * kLanes); i < num; i++)
-        out[first + i] = sums[first + (i & 1) * kLanes + (i >> 1)];
+    for (int64_t first = 0; first < size; first += 2 * kLanes) {
+      const Words even = load<Words>(sums + first), odd = load<Words>(sums + first + kLanes);
+      const Words both[2] = {in_turn<0>(even, odd, std::make_index_sequence<kLanes>()),
+                             in_turn<kLanes / 2>(even, odd, std::make_index_sequence<kLanes>())};
+      std::memcpy(out + first, both, std::min<int64_t>(size - first, 2 * kLanes) * sizeof(float));
+    }
   }
 }
 

@@ -91,7 +91,7 @@ void tile(Rows x, const uint32_t* panel, int64_t num_words, typename Kind::Sum* 
   for (int64_t word = 0, end; word < num_words; word = end) {
     end = kFetches ? std::min(num_words, word + kTogether) : num_words;
     if constexpr (kFetches)
-      for (int64_t line = 0; line < ahead.lines; line++, ahead.from += 64) __builtin_prefetch(ahead.from);
+      for (int64_t line = 0; line < ahead.lines; line++, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 1);
     for (int64_t at = word; at < end; at++, panel += kPanel) {
       Words w[kVectors];
       for (int v = 0; v < kVectors; v++) {
