@@ -81,9 +81,6 @@ def forward(
         weights = params["blocks"][layer]
         x_BTD, normed_BTD = add_norm(weights["attention_norm"], x_BTD, fed_BTD, weights.get("qkv"))
         q_BTNH, k_BTKH, v_BTKH = _queries_keys_values(weights, normed_BTD, rotary, product, config, execution)
-        if ordered and cache.tables_BN is not None:
-            # Fused with their storing, they would be rounded as the number of new cells has it.
-            k_BTKH, v_BTKH = few_rows.settled(k_BTKH, zero), few_rows.settled(v_BTKH, zero)
         cache = store(cache, layer, k_BTKH, v_BTKH, positions_BT)
         if cache.tables_BN is not None:
             o_BTNH = native_attention.attend(q_BTNH, cache, layer, positions_BT)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from gcompute.config.model import ModelConfig
 from gcompute.serve.int8 import dequantize, quantize, round_to
+from gcompute.serve.native import stores as native_stores
 
 # A dispatch does not know where its rows start until its first step says so.
 NOT_STARTED = -1
@@ -176,7 +177,8 @@ def store(
     first_B = positions_BT[:, 0] - cache.start_B
 
     def put(leaves: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-        return (*leaves[:layer], _place(leaves[layer], new, first_B), *leaves[layer + 1 :])
+        place = native_stores.store if cache.tables_BN is not None and new.ndim == 4 else _place
+        return (*leaves[:layer], place(leaves[layer], new, first_B), *leaves[layer + 1 :])
 
     if not cache.new_k_scale:
         k_BTKH, v_BTKH = k_BTKH.astype(compute), v_BTKH.astype(compute)

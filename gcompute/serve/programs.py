@@ -80,7 +80,7 @@ def prefill(
     length_1 = (start + num_tokens)[None]
     last_1 = last[None]
     adjusted_1V = adjust(logits_1V, row.adjustments, row.history, length_1, last_1)
-    token_1 = sample(adjusted_1V, quiet(row.sampling, last_1), length_1)
+    token_1 = sample(adjusted_1V, quiet(row.sampling, last_1), length_1, native=shape.layout.native)
     zero_1 = jnp.zeros(1, jnp.int32)
     choices = Choices.empty(1, 1, shape.model.vocab).put(
         zero_1, zero_1, jnp.where(last_1, token_1, NO_TOKEN), logits_1V, row.reported & last_1
@@ -133,7 +133,7 @@ def decode(
         )
         position_B = rows.length + 1
         adjusted_BV = adjust(logits_BV, rows.adjustments, rows.history[:, :bucket], position_B, active_B)
-        token_B = sample(adjusted_BV, quiet(rows.sampling, active_B), position_B)
+        token_B = sample(adjusted_BV, quiet(rows.sampling, active_B), position_B, native=shape.layout.native)
         shown_B = jnp.where(active_B, token_B, NO_TOKEN)
         which_B, at_B = jnp.arange(slots_B.shape[0]), jnp.full_like(position_B, step)
         choices = choices.put(which_B, at_B, shown_B, logits_BV, rows.reported & active_B)

@@ -85,7 +85,7 @@ def _losses(
     def read_page(pool: Any, page: tuple[Array, Array, Array]) -> tuple[Any, Array]:
         tokens_BC, targets_BC, start = page
         positions_BC = jnp.broadcast_to(start + jnp.arange(PAGE), (b, PAGE))
-        cache = gather(pool, tables_BN, compute, num_cells=PAGE, in_place=layout.reads_pages)
+        cache = gather(pool, tables_BN, compute, num_cells=PAGE, in_place=layout.native)
         logits_BCV, cache = forward(
             weights, tokens_BC, config=config, execution=execution, positions_BT=positions_BC, cache=cache
         )

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from gcompute.serve.native import choices as native_choices
+
 # Below this a temperature only rounds: differences of logits are already far beyond what exp can hold.
 SMALLEST_TEMPERATURE = 1e-6
 
@@ -28,19 +30,22 @@ class SamplingRows:
     seed: UInt32[Array, "b 2"]
 
 
-def sample(logits_BV: Float[Array, "b v"], rows: SamplingRows, positions_B: Int[Array, "b"]) -> Int[Array, "b"]:
-    """The token chosen for each row to stand at `positions`.
+def sample(
+    logits_BV: Float[Array, "b v"], rows: SamplingRows, positions_B: Int[Array, "b"], *, native: bool = False
+) -> Int[Array, "b"]:
+    """The token chosen for each row to stand at `positions`; `native`: with the CPU kernel, which chooses the same.
 
     What no row asks for is not computed; that changes no bit of a row, for a filter that is off keeps every token.
     """
-    greedy_B = _largest(logits_BV)
+    largest = native_choices.largest if native else _largest
+    greedy_B = largest(logits_BV)
 
     def draw() -> Array:
         filtered = jnp.any((rows.temperature > 0) & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)))
         scaled_BV = scale(logits_BV, rows.temperature)
         kept_BV = jax.lax.cond(filtered, lambda: keep(scaled_BV, rows), lambda: jnp.ones(scaled_BV.shape, bool))
         noise_BV = jax.vmap(_gumbel, (0, 0, None))(rows.seed, positions_B, logits_BV.shape[-1])
-        return _largest(jnp.where(kept_BV, scaled_BV + noise_BV, -jnp.inf))
+        return largest(jnp.where(kept_BV, scaled_BV + noise_BV, -jnp.inf))
 
     drawn_B = jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: greedy_B)
     return jnp.where(rows.temperature > 0, drawn_B, greedy_B)

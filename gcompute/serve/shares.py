@@ -30,7 +30,7 @@ def gather(
     """The pages of each row side by side, as `kv_pool.gather`, or in place where attention reads them there."""
     compute, placement = execution.compute, execution.placement
     if shares == 1:
-        cache = kv_pool.gather(pool, tables_BN, compute, num_cells, in_place=layout.reads_pages)
+        cache = kv_pool.gather(pool, tables_BN, compute, num_cells, in_place=layout.native)
     else:
         read = jax.vmap(partial(kv_pool.gather, compute=compute, num_cells=num_cells))
         cache = _joined(read(_split(pool, shares), _own_tables(pool, tables_BN, shares)))

@@ -118,7 +118,7 @@ def speculate(
         logits_MV, awake_M = logits_BTV.reshape(b * t, -1), jnp.repeat(awake_B, t)
         position_M = (rows.length[:, None] + 1 + steps_1T).reshape(-1)
         adjusted_MV = adjust(logits_MV, each.adjustments, each.history, position_M, awake_M)
-        chosen_M = sample(adjusted_MV, quiet(each.sampling, awake_M), position_M)
+        chosen_M = sample(adjusted_MV, quiet(each.sampling, awake_M), position_M, native=shape.layout.native)
         chosen_BT = chosen_M.reshape(b, t)
         agreed_B = jnp.sum(jnp.cumprod(chosen_BT[:, :k] == drafts_BK, axis=1), axis=1)
         ends_BT = is_end(chosen_M, each.adjustments).reshape(b, t)
@@ -189,7 +189,7 @@ def _propose_by_model(
             break
         position_B = rows.length + 1 + step
         adjusted_BV = adjust(logits_BV, rows.adjustments, rows.history, position_B, awake_B)
-        token_B = sample(adjusted_BV, quiet(rows.sampling, awake_B), position_B)
+        token_B = sample(adjusted_BV, quiet(rows.sampling, awake_B), position_B, native=shape.layout.native)
         tokens.append(token_B)
         rows = replace(rows, history=with_tokens(rows.history, position_B[:, None], token_B[:, None]))
     return jnp.stack(tokens, axis=1), cache

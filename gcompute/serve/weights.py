@@ -44,8 +44,8 @@ class Layout(StrEnum):
     PAIRED = "paired"
 
     @property
-    def reads_pages(self) -> bool:
-        """Whether attention goes with it that reads a pool's pages where they lie."""
+    def native(self) -> bool:
+        """Whether the CPU kernels go with it: attention that reads a pool's pages where they lie, and the others."""
         return self is Layout.PACKED
 
 

@@ -47,7 +47,7 @@ def perturbed(config: ModelConfig) -> transformer.Params:
 def fresh_cache(config: ModelConfig, *, rows: int, compute, pool_dtype=None, layout=Layout.FUSED) -> RowCache:
     pool = empty_pool(config, num_pages=4 * rows + 1, page=PAGE, dtype=pool_dtype or compute)
     tables = jnp.arange(1, 4 * rows + 1).reshape(rows, 4)
-    return gather(pool, tables, compute, in_place=layout.reads_pages)
+    return gather(pool, tables, compute, in_place=layout.native)
 
 
 def by_pieces(config: ModelConfig, params, tokens, *, execution, layout, int8=False, pool_dtype=None) -> list:

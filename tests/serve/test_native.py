@@ -10,7 +10,7 @@ import pytest
 
 from gcompute.config.model import ModelConfig
 from gcompute.serve.kv_pool import empty_pool, gather, put_back, started, store
-from gcompute.serve.native import attention, build, products
+from gcompute.serve.native import attention, build, choices, norms, products, stores
 from gcompute.serve.native.products import pack, packable, unpack_rows
 
 pytestmark = pytest.mark.skipif(not build.available(), reason=f"needs the CPU kernels: {build.why_not()}")
@@ -159,6 +159,49 @@ def test_a_pool_of_rows_far_apart_reads_no_cell_of_others(suffix):
     unused = jnp.array([page for page in range(cache.k[0].shape[0]) if page not in kept])
     cache = jax.tree.map(lambda leaf: leaf.at[unused].set(jnp.nan) if leaf.shape == cache.k[0].shape else leaf, cache)
     assert_attends(attention.attend(q, cache, 0, positions, suffix), q, cells, positions, cache.compute)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 64), (9, 20), (40, 768)])
+def test_norms_are_those_of_float64(suffix, shape, dtype):
+    rng = np.random.default_rng(6)
+    x, added, scale = (rng.normal(size=size).astype(np.float32) for size in (shape, shape, shape[1:]))
+    total, normed = norms.add_rms_norm(x, added, scale, 1e-5, jnp.dtype(dtype), suffix)
+    np.testing.assert_array_equal(total, x + added)
+    exact = np.asarray(total, np.float64)
+    exact = exact / np.sqrt(np.mean(exact**2, axis=1, keepdims=True) + 1e-5) * scale
+    assert normed.dtype == dtype
+    # bfloat16 keeps 8 bits.
+    np.testing.assert_allclose(np.asarray(normed, np.float64), exact, rtol=2**-8 if dtype == "bfloat16" else 1e-6)
+    alone = norms.add_rms_norm(x[-1:], added[-1:], scale, 1e-5, jnp.dtype(dtype), suffix)
+    np.testing.assert_array_equal(alone[1], normed[-1:])
+
+
+@pytest.mark.parametrize("num", [5, 32, 1000, 32003])
+def test_the_first_of_the_largest_is_chosen(suffix, num):
+    rng = np.random.default_rng(7)
+    x = rng.integers(-5, 5, (6, num)).astype(np.float32)
+    x[1] = -np.inf
+    x[2, num // 2] = np.inf
+    x[3, -1] = 100
+    x[4, num // 3] = np.nan
+    x[5, 0], x[5, num - 2] = np.nan, np.inf
+    expected = x.argmax(axis=1)
+    expected[4:] = num - 1
+    np.testing.assert_array_equal(choices.largest(jnp.asarray(x), suffix), expected)
+
+
+def test_new_cells_are_stored_where_they_belong_and_nowhere_else(suffix):
+    rng = np.random.default_rng(8)
+    cells, new = rng.normal(size=(5, 2, 8, 12)), rng.normal(size=(5, 3, 2, 12))
+    first = [0, 5, 7, -2, 20]
+    stored = np.float32(cells)
+    for row, begin in enumerate(first):
+        for one in range(3):
+            if 0 <= begin + one < 8:
+                stored[row, :, begin + one] = new[row, one]
+    found = stores.store(jnp.asarray(cells, jnp.float32), jnp.asarray(new, jnp.float32), jnp.asarray(first), suffix)
+    np.testing.assert_array_equal(found, stored)
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch, tmp_path):

@@ -23,9 +23,12 @@ from gcompute.measure.cache import cache_directory
 from gcompute.measure.machine import CPUINFO_FILE
 
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / name for name in ("products.cc", "attention.cc", "norms.cc"))
+SOURCES = tuple(HERE / f"{name}.cc" for name in ("products", "attention", "norms", "stores", "choices"))
 HEADERS = tuple(HERE / name for name in ("vectors.h", "panels.h", "cells.h"))
-KERNELS = ("product_float32", "product_bfloat16", "product_int8", "attention_paged", "norm_add_rms")
+KERNELS = (
+    *("product_float32", "product_bfloat16", "product_int8"),
+    *("attention_paged", "norm_add_rms", "cells_store", "choice_largest"),
+)
 PREFIX = "gcompute_"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
 NATIVE = ("-march=native", "-mcpu=native")
