@@ -23,8 +23,8 @@ from gcompute.measure.cache import cache_directory
 from gcompute.measure.machine import CPUINFO_FILE
 
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / f"{name}.cc" for name in ("products", "attention", "norms", "stores", "choices"))
-HEADERS = tuple(HERE / name for name in ("vectors.h", "panels.h", "cells.h"))
+SOURCE = HERE / "kernels.cc"
+PARTS = tuple(sorted((*HERE.glob("*.cc"), *HERE.glob("*.h"))))
 KERNELS = (
     *("product_float32", "product_bfloat16", "product_int8"),
     *("attention_paged", "norm_add_rms", "cells_store", "choice_largest"),
@@ -80,7 +80,7 @@ def build(command: str, directory: Path, flags: Sequence[str] = ()) -> Path:
     """
     include = jax.ffi.include_dir()
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
-    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, *HEADERS)]
+    texts = [path.read_text(encoding="utf-8") for path in PARTS]
     made_of = (*texts, version, *FLAGS, *flags, _processor(), include, jax.__version__)
     name = hashlib.blake2b("\0".join(made_of).encode(), digest_size=12).hexdigest()
     library = directory / f"kernels-{name}.so"
@@ -92,7 +92,7 @@ def build(command: str, directory: Path, flags: Sequence[str] = ()) -> Path:
         # Other processes may make the same library: each writes its own file, and the last one there wins.
         with tempfile.TemporaryDirectory(dir=directory) as own:
             made = Path(own) / library.name
-            files = [*map(os.fspath, SOURCES), "-o", os.fspath(made)]
+            files = [os.fspath(SOURCE), "-o", os.fspath(made)]
             arguments = [command, *FLAGS, native, *flags, "-isystem", include, *files]
             if sys.platform == "darwin":
                 arguments += ["-undefined", "dynamic_lookup"]
