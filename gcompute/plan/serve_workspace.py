@@ -32,8 +32,8 @@ SHARE_OF_VMEM = 0.5
 ASIDE_MATRIX_DIM = 256
 # The stream in float32, before and after a sum over devices.
 STREAMS = 2.0
-# Logits as they are, scaled, and with noise.
-LOGIT_ARRAYS = 3.0
+# Logits as they are, scaled, and with noise; XLA on CPU has more of them at once.
+LOGIT_ARRAYS, CPU_LOGIT_ARRAYS = 3.0, 8.0
 # The program itself lies in device memory: so much a layer, and of a prefill so much more.
 DECODE_CODE_BYTES, PREFILL_CODE_BYTES, PREFILL_START_BYTES = 4.2 * MIB, 7.6 * MIB, 5.0 * MIB
 SMALLEST_BUCKET = 32
@@ -202,6 +202,21 @@ def prefill_workspace(
     streams = STREAMS * WIDE * tokens * model.dim
     code = PREFILL_START_BYTES + PREFILL_CODE_BYTES * model.num_layers
     return widest + kept + read + embedding + streams + code
+
+
+def in_place_workspace(model: Architecture, *, rows: int, tokens: int) -> float:
+    """Bytes beside weights and pool on a CPU whose kernels read pages where they lie, at most, while logits of `rows`
+    tokens are chosen from or a chunk of `tokens` is read: new cells, logits and what settings make of them, the widest
+    layer's rows before and after its activation, and the stream. Nothing of the pool is gathered.
+    """
+    whole = MeshShape()
+    most = max(rows * STEPS, tokens)
+    new = sum(group.num * _new_cells(group.attention, whole.tensor, most) for group in model.layers)
+    logits = CPU_LOGIT_ARRAYS * WIDE * rows * model.vocab
+    widest = max(
+        2 * WIDE * max(rows, tokens) * group.feed_forward.num_up * group.feed_forward.width for group in model.layers
+    )
+    return new + logits + widest + STREAMS * WIDE * max(rows, tokens) * model.dim
 
 
 def held_pools(model: Architecture, mesh: MeshShape, *, rows: int, cells: int, cache_bytes: float) -> float:

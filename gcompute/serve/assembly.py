@@ -12,7 +12,7 @@ from gcompute.config.serve import ServeConfig
 from gcompute.measure.machine import host_memory_bytes
 from gcompute.model.transformer import Execution
 from gcompute.parallel.mesh import build_mesh
-from gcompute.plan.serve_workspace import decode_workspace, prefill_workspace, weights_here
+from gcompute.plan.serve_workspace import decode_workspace, in_place_workspace, prefill_workspace, weights_here
 from gcompute.plan.serving import ServeRun, cache_of_one
 from gcompute.serve.buckets import make_buckets
 from gcompute.serve.limits import Limits
@@ -144,6 +144,10 @@ def memory_budget(
         )
         weights += weights_here(run.model, mesh).num_bytes(run.weight_bytes)
         page += cache_of_one(run, serve.page)
+        if choose_layout(None, jax.default_backend(), COMPUTE[value]).native and mesh.num_devices == 1:
+            judged = 0 if serve.speculate == "none" else min(serve.draft_batch, rows) * (serve.draft_tokens + 1)
+            workspace += in_place_workspace(run.model, rows=max(rows, judged), tokens=min(serve.chunk, longest))
+            continue
         workspace += max(
             decode_workspace(
                 run.model,

@@ -7,17 +7,23 @@ import logging
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import jax
 import pytest
 from greedy import random_prompts, solo_greedy
 
 from gcompute.config.serve import ServeConfig
+from gcompute.model.transformer import abstract_params
 from gcompute.serve import assembly
+from gcompute.serve.compilation import compile_program, list_programs
 from gcompute.serve.engine import Engine
+from gcompute.serve.native import build
 from gcompute.serve.request import Request, Sampling
 from gcompute.serve.scheduler import Scheduler
+from gcompute.serve.state import Weights
 from gcompute.serve.stream import Reason, Tokens
+from gcompute.serve.weights import serving_weights
 from gcompute.serve.work import Decode, Prefill, Work
 
 SERVE = ServeConfig(slots=2, max_queue=16, max_context=32, page=8, chunk=16, decode_steps=4, precision="float32")
@@ -277,6 +283,23 @@ def test_memory_decides_how_many_pages_there_are(make_engine, config, monkeypatc
     assert make_engine(SERVE).stats().num_pages == 6
     monkeypatch.setattr(assembly, "device_bytes", lambda: 1 << 40)
     assert make_engine(SERVE).stats().num_pages == 8
+
+
+@pytest.mark.parametrize("more", [{}, {"speculate": "ngram"}, {"weights": "int8", "kv": "int8"}])
+def test_programs_of_the_kernels_work_with_no_more_memory_than_is_predicted(config, more):
+    if not build.available():
+        pytest.skip(f"needs the CPU kernels: {build.why_not()}")
+    wide, serve = replace(config, vocab=4096), replace(SERVE, **more)
+    shape = assembly.engine_shape(wide, serve)
+    lay_out = partial(
+        serving_weights, config=wide, compute=shape.execution.compute, layout=shape.layout, int8=shape.int8
+    )
+    weights = Weights(model=jax.eval_shape(lay_out, abstract_params(wide)))
+    predicted = assembly.memory_budget(wide, serve, 32, assembly.MeshShape()).workspace
+    for kind in {program.kind for program in list_programs(shape.limits)} & {"decode", "prefill", "speculate"}:
+        largest = [program for program in list_programs(shape.limits) if program.kind == kind][-1]
+        found = compile_program(largest, weights, shape).memory_analysis()
+        assert found.temp_size_in_bytes <= predicted
 
 
 # Deterministic -------------------------------------------------------------------------------------------------------
