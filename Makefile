@@ -37,6 +37,8 @@ bench: $(STAMP)  ## against PyTorch, llama.cpp and transformers (installs the ex
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[peers]'
 	$(BIN)/python benchmarks/train_vs_torch/run.py
 	$(BIN)/python benchmarks/serve_vs_peers/run.py
+	$(BIN)/python benchmarks/serve_vs_peers/over_http.py
+	$(BIN)/python benchmarks/serve_kernels/run.py
 	$(BIN)/python benchmarks/parallel/run.py
 
 clean:  ## remove the environment and what runs left

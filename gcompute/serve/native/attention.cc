@@ -187,7 +187,7 @@ struct Task {
       pack_keys(cells, head, panels, fetch);
       over_tiles(head, cell, [&](int64_t held, int64_t num) {
         multiply<Kind>(num, Rows{q + held * stride, stride}, panels, key_words, scores + held * score_stride + cell,
-                          score_stride);
+                       score_stride);
       });
     });
     each([&](int64_t query, int64_t held, int64_t) { weigh<Kind>(scores + held * score_stride, seen(query), ends); });
@@ -198,7 +198,7 @@ struct Task {
         const auto* weights = reinterpret_cast<const uint32_t*>(scores + held * score_stride) + cell / kNumbers<Kind>;
         for (int64_t column = 0; column < sum_stride; column += kPanel)
           multiply<Kind, true>(num, Rows{weights, score_stride}, panels + column * kWords, kWords,
-                                  sums + held * sum_stride + column, sum_stride);
+                               sums + held * sum_stride + column, sum_stride);
       });
     });
     each([&](int64_t, int64_t held, int64_t at) { unpack_sums<Kind>(sums + held * sum_stride, size, call.out + at); });

@@ -35,8 +35,8 @@ inline Floats floats_of(const Number* from, int64_t left) {
     return __builtin_convertvector(numbers, Floats);
 }
 
-// kLanes words of a cell from number `i` on, of float32, bfloat16's bits or int8 with a scale; zeros past its end, unless
-// it is known that there are as many.
+// kLanes words of a cell from number `i` on, of float32, bfloat16's bits or int8 with a scale; zeros past its end, for
+// which there is no need to look where kWhole says so.
 template <typename Kind, bool kWhole, typename Number>
 inline Words words_of(const Number* cell, int64_t i, int64_t size, float scale) {
   const auto floats = [&](int64_t from) {
@@ -96,14 +96,12 @@ struct RowOfCells {
 // At most kBlock cells of a row that follow each other.
 constexpr int kBlock = 32;
 struct Block {
-  RowOfCells row;
-  int64_t first, num = 0, num_old = 0;
+  RowOfCells row = {};
+  int64_t first = 0, num = 0, num_old = 0;
   const char* old_cells[kBlock];
   const float* scales[kBlock];
 
   Block() = default;
-
-  int64_t heads() const { return row.end_head - row.first_head; }
 
   Block(const RowOfCells& row, int64_t first, int64_t num)
       : row(row), first(first), num(num), num_old(std::clamp<int64_t>(row.start - first, 0, num)) {
@@ -114,11 +112,12 @@ struct Block {
       const int64_t entry = std::clamp<int64_t>(row.table[(first + cell) / pages.page], 0, pages.num_pages - 1);
       for (int64_t at = entry * pages.page + inside; cell < end; cell++, at++) {
         old_cells[cell] = static_cast<const char*>(pages.cells) + (at * pages.heads + row.first_head) * head_bytes;
-        scales[cell] = pages.scales + at * pages.heads + row.first_head;
+        if (pages.dtype == ffi::S8) scales[cell] = pages.scales + at * pages.heads + row.first_head;
       }
     }
   }
 
+  int64_t heads() const { return row.end_head - row.first_head; }
 };
 
 // Tells the processor to fetch what a block has in pages, in the order of memory: into the second cache, for the first has
