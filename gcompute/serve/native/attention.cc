@@ -1,10 +1,10 @@
 // Attention over pages where they lie: softmax(q k^T / sqrt(H)) v, for serving on CPU.
 //
-// A task takes one or all key/value heads for some queries of one row. Keys are packed into panels a block of cells at a
-// time and multiplied by all queries that see them; then scores become weights; then values are packed and multiplied by
-// those. Operands are rounded where the model's own attention rounds them. Sums run over cells in their order: a query's
-// result depends on its cells alone, not on which of them are new, on what other queries there are or on the length of
-// the table.
+// A task takes one or all key/value heads for some queries of one row. Keys are packed into panels a block of cells at
+// a time and multiplied by all queries that see them; then scores become weights; then values are packed and multiplied
+// by those. Operands are rounded where the model's own attention rounds them. Sums run over cells in their order: a
+// query's result depends on its cells alone, not on which of them are new, on what other queries there are or on the
+// length of the table.
 
 #include <cmath>
 #include <limits>

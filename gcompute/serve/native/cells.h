@@ -23,7 +23,8 @@ inline Halves bfloat16_bits(Floats numbers) {
 // The first numbers as float32; zeros where fewer than kLanes are left.
 template <typename Number>
 inline Floats floats_of(const Number* from, int64_t left) {
-  using Vector = std::conditional_t<sizeof(Number) == 4, Floats, std::conditional_t<sizeof(Number) == 2, Halves, Bytes>>;
+  using Narrow = std::conditional_t<sizeof(Number) == 2, Halves, Bytes>;
+  using Vector = std::conditional_t<sizeof(Number) == 4, Floats, Narrow>;
   Vector numbers = {};
   if (left >= kLanes)
     numbers = load<Vector>(from);
@@ -120,8 +121,8 @@ struct Block {
   int64_t heads() const { return row.end_head - row.first_head; }
 };
 
-// Tells the processor to fetch what a block has in pages, in the order of memory: into the second cache, for the first has
-// no room for it beside what is worked on.
+// Tells the processor to fetch what a block has in pages, in the order of memory: into the second cache, for the first
+// has no room for it beside what is worked on.
 struct Fetching {
   const Block& block;
   const int64_t cell_bytes = block.heads() * block.row.pages.size * block.row.pages.number_bytes();

@@ -13,7 +13,8 @@ constexpr int64_t kRowsOfTask = 4;
 
 template <typename Number>
 void store_some(Floats numbers, int64_t left, Number* to) {
-  const auto store = [&](const auto& vector) { std::memcpy(to, &vector, std::min<int64_t>(left, kLanes) * sizeof(Number)); };
+  const int64_t num = std::min<int64_t>(left, kLanes);
+  const auto store = [&](const auto& vector) { std::memcpy(to, &vector, num * sizeof(Number)); };
   if constexpr (sizeof(Number) == 2)
     store(bfloat16_bits(numbers));
   else
@@ -22,7 +23,8 @@ void store_some(Floats numbers, int64_t left, Number* to) {
 
 // sum = x + added; normed = sum / sqrt(mean(sum^2) + eps) * scale.
 template <typename Number>
-void norm_row(const float* x, const float* added, const float* scale, float eps, int64_t size, float* sum, Number* normed) {
+void norm_row(const float* x, const float* added, const float* scale, float eps, int64_t size, float* sum,
+              Number* normed) {
   Floats squares = {};
   for (int64_t i = 0; i < size; i += kLanes) {
     const Floats numbers = floats_of(x + i, size - i) + floats_of(added + i, size - i);

@@ -9,7 +9,8 @@ ffi::Error store(ffi::Buffer<ffi::F32> cells, ffi::Buffer<ffi::F32> new_cells, f
                  ffi::ResultBuffer<ffi::F32> stored) {
   const auto dims = cells.dimensions();
   const int64_t rows = dims[0], heads = dims[1], room = dims[2], size = dims[3], num = new_cells.dimensions()[1];
-  if (stored->typed_data() != cells.typed_data()) std::copy_n(cells.typed_data(), cells.element_count(), stored->typed_data());
+  if (stored->typed_data() != cells.typed_data())
+    std::copy_n(cells.typed_data(), cells.element_count(), stored->typed_data());
   for (int64_t row = 0; row < rows; row++)
     for (int64_t one = 0; one < num; one++) {
       const int64_t cell = first.typed_data()[row] + one;
