@@ -40,8 +40,8 @@ void norm_row(const float* x, const float* added, const float* scale, float eps,
 
 // x, added, sum: [M, D]. scale: [D]. normed: [M, D] of float32 or bfloat16.
 ffi::Error add_rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> added,
-                        ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> sum, ffi::Result<ffi::AnyBuffer> normed,
-                        float eps) {
+                        ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> sum,
+                        ffi::Result<ffi::AnyBuffer> normed, float eps) {
   const int64_t rows = x.dimensions()[0], size = x.dimensions()[1];
   const auto each_row = [&](auto* to) {
     share_out(pool, (rows + kRowsOfTask - 1) / kRowsOfTask,

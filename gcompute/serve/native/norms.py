@@ -22,4 +22,5 @@ def add_rms_norm(
     """
     results = (jax.ShapeDtypeStruct(x_MD.shape, jnp.float32), jax.ShapeDtypeStruct(x_MD.shape, dtype))
     call = jax.ffi.ffi_call(target("norm_add_rms", suffix), results)
-    return tuple(call(x_MD, added_MD, scale_D, eps=np.float32(eps)))
+    total_MD, normed_MD = call(x_MD, added_MD, scale_D, eps=np.float32(eps))
+    return total_MD, normed_MD

@@ -1,4 +1,4 @@
-// Rows of 32-bit words (2 bfloat16, 4 int8 or 1 float32) times panels, which hold a word of kPanel columns side by side.
+// Rows of 32-bit words (2 bfloat16, 4 int8 or 1 float32) times panels, which hold a word of kPanel columns each.
 //
 // Sums run along a row in its order, whatever else is multiplied. Where the processor has instructions for dot products
 // of bfloat16 or int8, those are used.

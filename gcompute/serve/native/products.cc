@@ -26,8 +26,8 @@ ffi::Error product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, Y y)
     for (int64_t at = num_panels * piece / pieces; at < num_panels * (piece + 1) / pieces; at++) {
       const int64_t width = std::min<int64_t>(kPanel, outputs - at * kPanel);
       const uint32_t* panel = weights + at * num_words * kPanel;
-      // One pass over the panels is in the order of memory, which the processor fetches best by itself. More passes over
-      // each would leave the memory idle, but that every one fetches its share of the next panel.
+      // One pass over the panels is in the order of memory, which the processor fetches best by itself. More passes
+      // over each would leave the memory idle, but that every one fetches its share of the next panel.
       const int64_t lines = tiles == 1 ? 0 : (kTogether * kPanel * 4 / 64 + tiles - 1) / tiles;
       const char* next = reinterpret_cast<const char*>(panel + num_words * kPanel);
       for (int64_t part = 0; part < tiles; part++) {
