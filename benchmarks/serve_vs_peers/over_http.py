@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -160,6 +161,8 @@ def main() -> None:
     parser.add_argument("--llama-server", help="llama.cpp's server, built for this processor")
     parser.add_argument("--peers-python", default=sys.executable, help="the interpreter that has gguf")
     options = parser.parse_args()
+    if options.llama_server and not shutil.which(options.llama_server):
+        parser.error(f"--llama-server {options.llama_server}: there is no such program; build llama-server first.")
     with tempfile.TemporaryDirectory() as folder:
         gguf = Path(folder) / "model.gguf" if options.llama_server else None
         if gguf is not None:
