@@ -285,7 +285,10 @@ def test_memory_decides_how_many_pages_there_are(make_engine, config, monkeypatc
     assert make_engine(SERVE).stats().num_pages == 8
 
 
-@pytest.mark.parametrize("more", [{}, {"speculate": "ngram"}, {"weights": "int8", "kv": "int8"}])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"speculate": "ngram"}, pytest.param({"weights": "int8", "kv": "int8"}, marks=pytest.mark.slow)],
+)
 def test_programs_of_the_kernels_work_with_no_more_memory_than_is_predicted(config, more):
     if not build.available():
         pytest.skip(f"needs the CPU kernels: {build.why_not()}")

@@ -56,7 +56,11 @@ def assert_same(run: RunConfig, out: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "accumulation"), [("float32", 1), ("bfloat16", 2)], ids=["float32", "bfloat16 accumulated"]
+    ("precision", "accumulation"),
+    [
+        pytest.param("float32", 1, id="float32"),
+        pytest.param("bfloat16", 2, id="bfloat16 accumulated", marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_at_odd_places_and_resumed_equals_uninterrupted(
     precision: str, accumulation: int, corpus: TokenizedCorpus, tmp_path: Path
