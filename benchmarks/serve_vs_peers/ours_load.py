@@ -6,10 +6,7 @@ python ours_load.py --slots 32 --listen                    a server; it prints i
 
 import argparse
 import json
-import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from model import GENERATED, PROMPT, VOCAB
@@ -57,7 +54,6 @@ def main() -> None:
     restart_fast(True)
     quiet_backends()
     use_compilation_cache()
-    sys.path.insert(0, os.fspath(Path(__file__).parent))
     from ours_engine import engine, serve_config
 
     from gcompute.serve.server import serve

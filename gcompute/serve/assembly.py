@@ -144,7 +144,8 @@ def memory_budget(
         )
         weights += weights_here(run.model, mesh).num_bytes(run.weight_bytes)
         page += cache_of_one(run, serve.page)
-        if choose_layout(None, jax.default_backend(), COMPUTE[value]).native and mesh.num_devices == 1:
+        # Asked last, for it compiles the kernels, which a mesh does not use.
+        if mesh.num_devices == 1 and choose_layout(None, jax.default_backend(), COMPUTE[value]).native:
             judged = 0 if serve.speculate == "none" else min(serve.draft_batch, rows) * (serve.draft_tokens + 1)
             workspace += in_place_workspace(run.model, rows=max(rows, judged), tokens=min(serve.chunk, longest))
             continue
