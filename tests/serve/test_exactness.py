@@ -184,7 +184,7 @@ def _swapped_slots(right):
 
 
 def _noise_by_slot(right):
-    return lambda logits, rows, positions: right(logits, rows, positions + jnp.arange(len(positions)))
+    return lambda logits, rows, positions, **how: right(logits, rows, positions + jnp.arange(len(positions)), **how)
 
 
 def _forgets_the_prompt(right):
