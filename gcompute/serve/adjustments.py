@@ -50,9 +50,7 @@ def adjust(
     tokens: the row's own at each position below `positions`, anything from there on. Rows that are not live hold
     leftovers: what they ask for is not computed.
     """
-    biased_B = live_B & jnp.any(rows.bias_ids != NO_TOKEN, axis=1)
-    penalised_B = live_B & ((rows.presence != 0) | (rows.frequency != 0) | (rows.repetition != 1))
-    held_B = live_B & (positions_B < rows.num_prompt + rows.min_tokens)
+    biased_B, penalised_B, held_B = _asked(rows, positions_B, live_B)
 
     def change(x_BV: Array) -> Array:
         x_BV = _add(x_BV, rows.bias_ids, rows.bias)
@@ -65,9 +63,22 @@ def adjust(
     return jax.lax.cond(jnp.any(biased_B | penalised_B | held_B), change, lambda x: x, logits_BV)
 
 
+def asked(rows: AdjustmentRows, positions_B: Int[Array, "b"], live_B: Bool[Array, "b"]) -> Bool[Array, "b"]:
+    """Which rows `adjust` changes."""
+    biased_B, penalised_B, held_B = _asked(rows, positions_B, live_B)
+    return biased_B | penalised_B | held_B
+
+
 def is_end(token_B: Int[Array, "b"], rows: AdjustmentRows) -> Bool[Array, "b"]:
     """Whether a token ends its row."""
     return jnp.any(token_B[:, None] == rows.ends, axis=1)
+
+
+def _asked(rows: AdjustmentRows, positions_B: Array, live_B: Array) -> tuple[Array, Array, Array]:
+    """Which rows ask for a bias, for a penalty, for their end to be held back."""
+    biased_B = live_B & jnp.any(rows.bias_ids != NO_TOKEN, axis=1)
+    penalised_B = live_B & ((rows.presence != 0) | (rows.frequency != 0) | (rows.repetition != 1))
+    return biased_B, penalised_B, live_B & (positions_B < rows.num_prompt + rows.min_tokens)
 
 
 def _penalise(x_BV: Array, rows: AdjustmentRows, tokens_BS: Array, positions_B: Array) -> Array:

@@ -27,9 +27,9 @@ from gcompute.parallel.einsum import accumulator, einsum
 from gcompute.parallel.placement import constrain
 from gcompute.serve import few_rows
 from gcompute.serve.int8 import int8_product, quantize
-from gcompute.serve.kv_pool import RowCache, in_order, started, store
+from gcompute.serve.kv_pool import RowCache, in_order, place, started, store
 from gcompute.serve.native import attention as native_attention
-from gcompute.serve.native import norms as native_norms
+from gcompute.serve.native import norms as norm_kernels
 from gcompute.serve.native import products as native_products
 from gcompute.serve.weights import Matrix
 
@@ -75,15 +75,21 @@ def forward(
     product = partial(apply, compute=execution.compute, zero=zero, few=few)
     cache = started(cache, positions_BT)
     visible = _visible(cache, positions_BT)
-    add_norm = partial(_add_norm, config, execution, native=_has_native_norms(config, cache, execution))
+    native_norms = _has_native_norms(config, cache, execution)
+    add_norm = partial(_add_norm, config, execution, native=native_norms)
     fed_BTD = None
     for layer in range(config.layers):
         weights = params["blocks"][layer]
         x_BTD, normed_BTD = add_norm(weights["attention_norm"], x_BTD, fed_BTD, weights.get("qkv"))
-        q_BTNH, k_BTKH, v_BTKH = _queries_keys_values(weights, normed_BTD, rotary, product, config, execution)
-        cache = store(cache, layer, k_BTKH, v_BTKH, positions_BT)
+        if _is_placed(config, cache, weights):
+            joined_BTO = product(weights["qkv"], normed_BTD)
+            q_BTNH, cache = place(cache, layer, joined_BTO, rotary, positions_BT, heads=config.heads)
+        else:
+            q_BTNH, k_BTKH, v_BTKH = _queries_keys_values(weights, normed_BTD, rotary, product, config, execution)
+            cache = store(cache, layer, k_BTKH, v_BTKH, positions_BT)
         if cache.tables_BN is not None:
-            o_BTNH = native_attention.attend(q_BTNH, cache, layer, positions_BT)
+            dtype = _operand(execution, weights.get("o"))
+            o_BTNH = native_attention.attend(q_BTNH, cache, layer, positions_BT, dtype=dtype)
         elif ordered:
             o_BTNH = attend_ordered(q_BTNH, cache, layer, positions_BT, execution.compute)
         else:
@@ -93,10 +99,13 @@ def forward(
         mixed_BTD = _attention_output(weights, o_BTNH, product, config, execution)
         x_BTD, normed_BTD = add_norm(weights["mlp_norm"], x_BTD, mixed_BTD, weights.get("into"))
         fed_BTD = _feed_forward(weights, normed_BTD, product, config, execution)
-    x_BTD = _sum(execution, x_BTD, fed_BTD)
+    if not native_norms:
+        # On a mesh, what is added up may lie in parts: it is added up before anything is picked from it.
+        x_BTD, fed_BTD = _sum(execution, x_BTD, fed_BTD), None
     if logits_at_B is not None:
-        x_BTD = jnp.take_along_axis(x_BTD, logits_at_B[:, None, None], axis=1)
-    x_BTD = constrain(placement, _norm(config, params["norm"], x_BTD), "BTD")
+        at_B11 = logits_at_B[:, None, None]
+        x_BTD, fed_BTD = (part if part is None else jnp.take_along_axis(part, at_B11, 1) for part in (x_BTD, fed_BTD))
+    x_BTD = add_norm(params["norm"], x_BTD, fed_BTD, params.get("head"))[1]
     logits_BTV = constrain(placement, _logits(params, x_BTD, product, execution.compute), "BTV")
     if placement is None and not _is_packed(params):
         # Or it fuses the output layer with what is chosen from the logits, into one loop on one core.
@@ -203,6 +212,17 @@ def _has_native_norms(config: ModelConfig, cache: RowCache, execution: Execution
     return cache.tables_BN is not None and config.norm == "rmsnorm" and execution.residual == jnp.float32
 
 
+def _is_placed(config: ModelConfig, cache: RowCache, weights: Params) -> bool:
+    """Whether queries, keys and values go from their product to their places at once."""
+    return cache.tables_BN is not None and not cache.new_k_scale and "qkv" in weights and not config.qk_norm
+
+
+def _operand(execution: Execution, matrix: Matrix | None) -> jnp.dtype:
+    """The dtype of what `matrix` alone, if there is one, multiplies: rounded early if the product rounds it anyway."""
+    rounds = matrix is not None and matrix.scale_O is None
+    return execution.compute if rounds else jnp.dtype(jnp.float32)
+
+
 def _add_norm(
     config: ModelConfig,
     execution: Execution,
@@ -217,11 +237,8 @@ def _add_norm(
     if not native or y_BTD is None:
         x_BTD = _sum(execution, x_BTD, y_BTD)
         return x_BTD, constrain(execution.placement, _norm(config, weights, x_BTD), "BTD")
-    # Rounded here if that is all that the product would do to it.
-    rounds = matrix is not None and matrix.scale_O is None
-    dtype = execution.compute if rounds else jnp.dtype(jnp.float32)
     flat_MD, added_MD = (part.reshape(-1, config.dim).astype(jnp.float32) for part in (x_BTD, y_BTD))
-    both = native_norms.add_rms_norm(flat_MD, added_MD, weights["scale"], config.norm_eps, dtype)
+    both = norm_kernels.add_rms_norm(flat_MD, added_MD, weights["scale"], config.norm_eps, _operand(execution, matrix))
     x_BTD, normed_BTD = (part.reshape(x_BTD.shape) for part in both)
     return x_BTD, normed_BTD
 
@@ -290,6 +307,8 @@ def _feed_forward(weights: Params, x_BTD: Array, product: Product, config: Model
         return nnx.merge(_experts_graphdef(config), experts)(x_BTD, compute, placement)[0]
     act = activation(config.activation)
     if "into" in weights:
+        if _is_gated_at_once(config, weights["into"]):
+            return product(weights["down"], _gated(weights["into"], x_BTD, compute))
         into_BTO = product(weights["into"], x_BTD)
         if config.gated:
             gate_BTF, up_BTF = jnp.split(into_BTO, 2, axis=-1)
@@ -307,6 +326,19 @@ def _feed_forward(weights: Params, x_BTD: Array, product: Product, config: Model
     else:
         hidden_BTF = act(up_BTF)
     return with_bias(linear(constrain(placement, hidden_BTF, "BTF"), own["down_FD"], compute), "down_bias_D")
+
+
+def _is_gated_at_once(config: ModelConfig, into: Matrix) -> bool:
+    """Whether one kernel carries out the product and the gate."""
+    packed = into.panels_PWN is not None and into.scale_O is None and into.bias_O is None
+    return packed and config.gated and into.num_outputs % (2 * native_products.PANEL) == 0
+
+
+def _gated(into: Matrix, x_BTD: Array, compute: jnp.dtype) -> Array:
+    assert into.panels_PWN is not None
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(compute)
+    y_MF = native_products.gated_product(x_MD, into.panels_PWN, into.num_outputs)
+    return y_MF.reshape(*x_BTD.shape[:-1], -1)
 
 
 def _is_packed(params: Params) -> bool:

@@ -190,6 +190,25 @@ def store(
     return replace(cache, new_k=put(cache.new_k, k_BTKH), new_v=put(cache.new_v, v_BTKH))
 
 
+def place(
+    cache: RowCache,
+    layer: int,
+    joined_BTO: Float[Array, "b t o"],
+    rotary: Float[Array, "2 b t half"] | None,
+    positions_BT: Int[Array, "b t"],
+    *,
+    heads: int,
+) -> tuple[Float[Array, "b t n h"], RowCache]:
+    """Queries, and the cache as `store` makes it, of the product that has all heads side by side, by the CPU kernel."""
+    before, first_B = (cache.new_k[layer], cache.new_v[layer]), positions_BT[:, 0] - cache.start_B
+    q_BTNH, k, v = native_stores.place(joined_BTO, rotary, *before, first_B, heads=heads, compute=cache.compute)
+
+    def put(leaves: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
+        return (*leaves[:layer], new, *leaves[layer + 1 :])
+
+    return q_BTNH, replace(cache, new_k=put(cache.new_k, k), new_v=put(cache.new_v, v))
+
+
 def _place(cells: Array, new: Array, first_B: Array) -> Array:
     """[B, K, C, ...] with [B, T, K, ...] in cells first to first + T of each row."""
     t, rest = new.shape[1], (None,) * (cells.ndim - 3)

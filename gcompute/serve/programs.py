@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Int
 
 from gcompute.config.model import ModelConfig
 from gcompute.model.transformer import Params
-from gcompute.serve.adjustments import NO_TOKEN, adjust, is_end
+from gcompute.serve.adjustments import NO_TOKEN, is_end
 from gcompute.serve.choices import Choices
 from gcompute.serve.decoder import forward
 from gcompute.serve.kv_pool import KVPool, RowCache
+from gcompute.serve.next_token import choose
 from gcompute.serve.placement import one_row
-from gcompute.serve.sampler import quiet, sample
 from gcompute.serve.shares import gather, put_back
 from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows, with_tokens
 
@@ -79,8 +79,7 @@ def prefill(
         _, draft_pool = read(weights.draft, shape.draft, draft_pool)
     length_1 = (start + num_tokens)[None]
     last_1 = last[None]
-    adjusted_1V = adjust(logits_1V, row.adjustments, row.history, length_1, last_1)
-    token_1 = sample(adjusted_1V, quiet(row.sampling, last_1), length_1, native=shape.layout.native)
+    token_1 = choose(logits_1V, row, row.history, length_1, last_1, native=shape.layout.native)
     zero_1 = jnp.zeros(1, jnp.int32)
     choices = Choices.empty(1, 1, shape.model.vocab).put(
         zero_1, zero_1, jnp.where(last_1, token_1, NO_TOKEN), logits_1V, row.reported & last_1
@@ -132,8 +131,8 @@ def decode(
             ordered=shape.limits.deterministic,
         )
         position_B = rows.length + 1
-        adjusted_BV = adjust(logits_BV, rows.adjustments, rows.history[:, :bucket], position_B, active_B)
-        token_B = sample(adjusted_BV, quiet(rows.sampling, active_B), position_B, native=shape.layout.native)
+        tokens_BS = rows.history[:, :bucket]
+        token_B = choose(logits_BV, rows, tokens_BS, position_B, active_B, native=shape.layout.native)
         shown_B = jnp.where(active_B, token_B, NO_TOKEN)
         which_B, at_B = jnp.arange(slots_B.shape[0]), jnp.full_like(position_B, step)
         choices = choices.put(which_B, at_B, shown_B, logits_BV, rows.reported & active_B)

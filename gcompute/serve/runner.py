@@ -12,12 +12,15 @@ from gcompute.config.model import ModelConfig
 from gcompute.model.transformer import Params
 from gcompute.serve.choices import Choices
 from gcompute.serve.compilation import Program, compile_program
+from gcompute.serve.native.huge_pages import collapse
 from gcompute.serve.placement import spread, weight_shardings
 from gcompute.serve.programs import Saved
 from gcompute.serve.state import EngineShape, EngineState, Rows, Weights
 from gcompute.serve.weights import serving_weights
 from gcompute.serve.work import Decode, Prefill, SwapIn, SwapOut
 
+# Smaller weights are not worth a huge page.
+SMALLEST_COLLAPSED = 1 << 18
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -72,6 +75,9 @@ class Runner:
             model=prepare(params, shape.model),
             draft=prepare(draft, shape.draft) if draft is not None and shape.draft is not None else None,
         )
+        if shape.layout.native:
+            leaves = jax.tree.leaves(jax.block_until_ready(self._weights))
+            collapse(leaf for leaf in leaves if leaf.nbytes >= SMALLEST_COLLAPSED)
         # Keys and values of preempted requests, on the host.
         self._saved: dict[int, Saved] = {}
 

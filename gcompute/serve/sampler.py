@@ -37,22 +37,23 @@ def sample(
 
     What no row asks for is not computed; that changes no bit of a row, for a filter that is off keeps every token.
     """
-    largest = native_choices.largest if native else _largest
-    greedy_B = largest(logits_BV)
+    greedy_B = greedy(logits_BV, native=native)
 
     def draw() -> Array:
         filtered = jnp.any((rows.temperature > 0) & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)))
         scaled_BV = scale(logits_BV, rows.temperature)
         kept_BV = jax.lax.cond(filtered, lambda: keep(scaled_BV, rows), lambda: jnp.ones(scaled_BV.shape, bool))
         noise_BV = jax.vmap(_gumbel, (0, 0, None))(rows.seed, positions_B, logits_BV.shape[-1])
-        return largest(jnp.where(kept_BV, scaled_BV + noise_BV, -jnp.inf))
+        return greedy(jnp.where(kept_BV, scaled_BV + noise_BV, -jnp.inf), native=native)
 
     drawn_B = jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: greedy_B)
     return jnp.where(rows.temperature > 0, drawn_B, greedy_B)
 
 
-def _largest(x_BV: Float[Array, "b v"]) -> Int[Array, "b"]:
+def greedy(x_BV: Float[Array, "b v"], *, native: bool = False) -> Int[Array, "b"]:
     """argmax, the first of equals; XLA on CPU gives `jnp.argmax` one core, and these two reductions all."""
+    if native:
+        return native_choices.largest(x_BV)
     ids_V = jnp.arange(x_BV.shape[-1], dtype=jnp.int32)
     is_largest_BV = x_BV == jnp.max(x_BV, axis=-1, keepdims=True)
     # A row with a NaN has no largest: its last token, as some id there must be.

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from gcompute.serve.adjustments import NO_TOKEN, adjust, is_end
+from gcompute.serve.adjustments import NO_TOKEN, is_end
 from gcompute.serve.choices import Choices
 from gcompute.serve.decoder import forward
 from gcompute.serve.kv_pool import RowCache
+from gcompute.serve.next_token import choose
 from gcompute.serve.programs import advance
-from gcompute.serve.sampler import quiet, sample
 from gcompute.serve.shares import gather, put_back
 from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows, with_tokens
 
@@ -117,8 +117,7 @@ def speculate(
         each = jax.tree.map(lambda leaf: jnp.repeat(leaf, t, axis=0), rows)
         logits_MV, awake_M = logits_BTV.reshape(b * t, -1), jnp.repeat(awake_B, t)
         position_M = (rows.length[:, None] + 1 + steps_1T).reshape(-1)
-        adjusted_MV = adjust(logits_MV, each.adjustments, each.history, position_M, awake_M)
-        chosen_M = sample(adjusted_MV, quiet(each.sampling, awake_M), position_M, native=shape.layout.native)
+        chosen_M = choose(logits_MV, each, each.history, position_M, awake_M, native=shape.layout.native)
         chosen_BT = chosen_M.reshape(b, t)
         agreed_B = jnp.sum(jnp.cumprod(chosen_BT[:, :k] == drafts_BK, axis=1), axis=1)
         ends_BT = is_end(chosen_M, each.adjustments).reshape(b, t)
@@ -188,8 +187,7 @@ def _propose_by_model(
         if step == k:
             break
         position_B = rows.length + 1 + step
-        adjusted_BV = adjust(logits_BV, rows.adjustments, rows.history, position_B, awake_B)
-        token_B = sample(adjusted_BV, quiet(rows.sampling, awake_B), position_B, native=shape.layout.native)
+        token_B = choose(logits_BV, rows, rows.history, position_B, awake_B, native=shape.layout.native)
         tokens.append(token_B)
         rows = replace(rows, history=with_tokens(rows.history, position_B[:, None], token_B[:, None]))
     return jnp.stack(tokens, axis=1), cache

@@ -19,7 +19,7 @@ from gcompute.certify.serving.traffic import Arrival, Wave, random_traffic
 from gcompute.certify.serving.verdict import check_answers
 from gcompute.certify.serving.ways import Way, differing, measure_cost
 from gcompute.config.serve import ServeConfig
-from gcompute.serve import blocks, programs
+from gcompute.serve import blocks, next_token, programs
 from gcompute.serve import engine as engine_module
 from gcompute.serve.adjustments import NO_TOKEN
 from gcompute.serve.native import build
@@ -196,18 +196,18 @@ def _forgets_the_prompt(right):
 
 
 WRONG_PROGRAMS = {
-    "positions of decoding are one too high": ("forward", _off_by_one),
-    "each slot reads its neighbour's keys": ("forward", _swapped_slots),
-    "noise is keyed by slot": ("sample", _noise_by_slot),
-    "penalties forget the prompt": ("adjust", _forgets_the_prompt),
+    "positions of decoding are one too high": (programs, "forward", _off_by_one),
+    "each slot reads its neighbour's keys": (programs, "forward", _swapped_slots),
+    "noise is keyed by slot": (next_token, "sample", _noise_by_slot),
+    "penalties forget the prompt": (next_token, "adjust", _forgets_the_prompt),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", WRONG_PROGRAMS)
 def test_a_wrong_program_is_a_violation(what, params, config, tokenizer, monkeypatch):
-    name, wrong = WRONG_PROGRAMS[what]
-    monkeypatch.setattr(programs, name, wrong(getattr(programs, name)))
+    module, name, wrong = WRONG_PROGRAMS[what]
+    monkeypatch.setattr(module, name, wrong(getattr(module, name)))
     small = Subject(name="small", params=params, config=config, tokenizer=tokenizer, serve=SMALL)
     # So many that a penalty meets a token of a prompt, in texts as short as these.
     assert prove_default(small, 300)["violations"] > 0

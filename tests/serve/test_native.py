@@ -1,6 +1,7 @@
 """The CPU kernels against numpy: for this processor, and as they are compiled for lesser ones."""
 
 import platform
+import sys
 from functools import partial
 
 import jax
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from gcompute.config.model import ModelConfig
+from gcompute.model.layers import rotary_table, rotate
 from gcompute.serve.kv_pool import empty_pool, gather, put_back, started, store
 from gcompute.serve.native import attention, build, choices, norms, products, stores
+from gcompute.serve.native.huge_pages import collapse
 from gcompute.serve.native.products import pack, packable, unpack_rows
 
 pytestmark = pytest.mark.skipif(not build.available(), reason=f"needs the CPU kernels: {build.why_not()}")
@@ -202,6 +205,48 @@ def test_new_cells_are_stored_where_they_belong_and_nowhere_else(suffix):
                 stored[row, :, begin + one] = new[row, one]
     found = stores.store(jnp.asarray(cells, jnp.float32), jnp.asarray(new, jnp.float32), jnp.asarray(first), suffix)
     np.testing.assert_array_equal(found, stored)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [12, 64])
+@pytest.mark.parametrize("turned", [True, False])
+def test_heads_are_turned_and_placed_as_by_the_model(suffix, compute, size, turned):
+    b, t, heads, kv_heads, room = 5, 3, 4, 2, 8
+    rng = np.random.default_rng(11)
+    joined = jnp.asarray(rng.normal(size=(b, t, (heads + 2 * kv_heads) * size)), jnp.float32)
+    cells = [jnp.asarray(rng.normal(size=(b, kv_heads, room, size)), jnp.float32) for _ in range(2)]
+    first, compute = jnp.asarray([0, 5, 7, -2, 20]), jnp.dtype(compute)
+    table = rotary_table(jnp.arange(b * t).reshape(b, t), size, 10000.0, jnp.dtype("float32")) if turned else None
+    q, k, v = stores.place(joined, table, *cells, first, heads=heads, compute=compute, suffix=suffix)
+
+    parts = jnp.split(joined.reshape(b, t, -1, size), (heads, heads + kv_heads), axis=2)
+    queries, keys = (rotate(part, table) if turned else part for part in parts[:2])
+    np.testing.assert_allclose(q, queries, rtol=1e-6, atol=1e-6)
+    # A number may round to the other side.
+    near = {"rtol": 1e-6, "atol": 1e-6} if compute == jnp.float32 else {"rtol": 2**-7, "atol": 1e-6}
+    np.testing.assert_allclose(k, stores.store(cells[0], keys.astype(compute), first, suffix), **near)
+    np.testing.assert_array_equal(v, stores.store(cells[1], parts[2].astype(compute), first, suffix))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [SHAPES["one query"], SHAPES["room"]])
+def test_attention_rounds_its_result_if_asked(suffix, shape, dtype):
+    cache, _, q, positions = cells_and_queries(**shape, dtype=dtype)
+    wide, narrow = (attention.attend(q, cache, 0, positions, suffix, dtype=to) for to in ("float32", "bfloat16"))
+    np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
+
+
+def test_weights_are_the_same_on_huge_pages():
+    rng = np.random.default_rng(12)
+    arrays = [jnp.asarray(rng.integers(0, 1 << 32, 3 << 20, np.uint32)) for _ in range(2)]
+    before = [np.array(array) for array in arrays]
+    moved = collapse(arrays)
+    for array, expected in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(array, expected)
+    if not sys.platform.startswith("linux") or tuple(map(int, platform.release().split(".")[:2])) < (6, 1):
+        pytest.skip("needs Linux 6.1, which can put pages together")
+    # 12 MB lie on 5 huge pages at least that they fill.
+    assert moved >= 2 * 5
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch, tmp_path):

@@ -18,20 +18,6 @@ namespace {
 constexpr int64_t kQueries = 32, kScores = 1 << 18;
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
-// exp of numbers that are at most 0, off by 2^-22 at most, relative; below -87 it stays at the smallest number.
-inline Floats exp_of(Floats x) {
-  x = x < -87.0f ? splat<Floats>(-87.0f) : x;
-  // Adding 1.5 * 2^23 rounds to a whole number.
-  const Floats scaled = x * 1.44269504f + 12582912.0f, whole = scaled - 12582912.0f;
-  const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Floats power = splat<Floats>(1.9875691500e-4f);
-  for (float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f})
-    power = power * rest + coefficient;
-  power = power * rest * rest + rest + 1.0f;
-  const Integers exponent = __builtin_convertvector(whole, Integers) + 127;
-  return power * reinterpret_cast<Floats>(exponent << 23);
-}
-
 // Turns `num` scores into weights, the words of which come to lie at the beginning; zeros follow up to `end`.
 template <typename Kind>
 void weigh(float* scores, int64_t num, int64_t end) {
@@ -67,7 +53,9 @@ struct Call {
   Pages k, v;
   const int32_t *tables, *starts, *positions;
   const float *new_k, *new_v;
-  float* out;
+  void* out;
+  // Whether `out` is of bfloat16.
+  bool rounds;
   int64_t num_queries, num_heads, num_new, num_tables;
 
   int64_t groups() const { return num_heads / k.heads; }
@@ -201,7 +189,12 @@ struct Task {
                                sums + held * sum_stride + column, sum_stride);
       });
     });
-    each([&](int64_t, int64_t held, int64_t at) { unpack_sums<Kind>(sums + held * sum_stride, size, call.out + at); });
+    each([&](int64_t, int64_t held, int64_t at) {
+      if (call.rounds)
+        unpack_sums<Kind>(sums + held * sum_stride, size, static_cast<uint16_t*>(call.out) + at);
+      else
+        unpack_sums<Kind>(sums + held * sum_stride, size, static_cast<float*>(call.out) + at);
+    });
   }
 };
 
@@ -213,34 +206,41 @@ void attend(ffi::ThreadPool pool, const Call& call, int64_t rows) {
   // Cells of all heads lie together: few queries read them fastest together.
   const int64_t apart = call.num_queries == 1 && rows >= 2 * pool.num_threads() ? 1 : heads;
   const int64_t items = rows * parts * apart;
-  // Single queries are little work each.
-  const int64_t together = call.num_queries == 1 ? (items + 4 * pool.num_threads() - 1) / (4 * pool.num_threads()) : 1;
-  share_out(pool, (items + together - 1) / together, [call, heads, parts, apart, items, together](int64_t piece) {
+  share_out(pool, items, [call, heads, parts, apart, items](int64_t item) {
     thread_local Scratch scratch;
     const auto task = [&](int64_t item) {
       const int64_t share = item % apart, part = item / apart % parts, row = item / apart / parts;
       const int64_t first = call.num_queries * part / parts, end = call.num_queries * (part + 1) / parts;
       return Task<Kind>{call, row, heads * share / apart, heads * (share + 1) / apart, first, end, scratch};
     };
-    for (int64_t item = piece * together, end = std::min(items, item + together); item < end; item++)
-      task(item).attend(item + 1 < end ? task(item + 1).first_keys() : Block());
+    task(item).attend(item + 1 < items ? task(item + 1).first_keys() : Block());
   });
 }
 
 // q, out: [B, T, N, H]. pages: [P, S, K, H] of bfloat16's bits, int8 or float32; scales: [P, S, K] or empty.
 // tables: [B, n]. new cells: [B, K, C, H], from position `starts` on. positions: [B, T], which the tables reach.
-// rounded: operands are bfloat16.
+// rounded: operands are bfloat16. out may be bfloat16 too.
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      ffi::Buffer<ffi::F32> k_scales, ffi::Buffer<ffi::F32> v_scales, ffi::Buffer<ffi::S32> tables,
                      ffi::Buffer<ffi::F32> new_k, ffi::Buffer<ffi::F32> new_v, ffi::Buffer<ffi::S32> starts,
-                     ffi::Buffer<ffi::S32> positions, ffi::ResultBuffer<ffi::F32> out, bool rounded) {
+                     ffi::Buffer<ffi::S32> positions, ffi::Result<ffi::AnyBuffer> out, bool rounded) {
   const auto dims = k.dimensions(), queries = q.dimensions();
   const auto pages = [&](const ffi::AnyBuffer& cells, const ffi::Buffer<ffi::F32>& scales) {
     return Pages{cells.untyped_data(), scales.typed_data(), cells.element_type(), dims[0], dims[1], dims[2], dims[3]};
   };
-  const Call call{q.typed_data(),      pages(k, k_scales),     pages(v, v_scales), tables.typed_data(),
-                  starts.typed_data(), positions.typed_data(), new_k.typed_data(), new_v.typed_data(),
-                  out->typed_data(),   queries[1],             queries[2],         new_k.dimensions()[2],
+  const Call call{q.typed_data(),
+                  pages(k, k_scales),
+                  pages(v, v_scales),
+                  tables.typed_data(),
+                  starts.typed_data(),
+                  positions.typed_data(),
+                  new_k.typed_data(),
+                  new_v.typed_data(),
+                  out->untyped_data(),
+                  out->element_type() == ffi::BF16,
+                  queries[1],
+                  queries[2],
+                  new_k.dimensions()[2],
                   tables.dimensions()[1]};
   rounded ? attend<Bfloat16>(pool, call, queries[0]) : attend<Float32>(pool, call, queries[0]);
   return ffi::Error::Success();
@@ -256,5 +256,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_paged, attention,
                                   .GCOMPUTE_F32.Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .GCOMPUTE_F32.GCOMPUTE_F32.GCOMPUTE_S32.GCOMPUTE_F32.GCOMPUTE_F32.GCOMPUTE_S32
-                                  .GCOMPUTE_S32.Ret<ffi::Buffer<ffi::F32>>()
+                                  .GCOMPUTE_S32.Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("rounded"));

@@ -27,7 +27,8 @@ SOURCE = HERE / "kernels.cc"
 PARTS = tuple(sorted((*HERE.glob("*.cc"), *HERE.glob("*.h"))))
 KERNELS = (
     *("product_float32", "product_bfloat16", "product_int8"),
-    *("attention_paged", "norm_add_rms", "cells_store", "choice_largest"),
+    *("gated_product_float32", "gated_product_bfloat16"),
+    *("attention_paged", "norm_add_rms", "cells_store", "cells_place", "choice_largest"),
 )
 PREFIX = "gcompute_"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-w")

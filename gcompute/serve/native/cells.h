@@ -36,6 +36,21 @@ inline Floats floats_of(const Number* from, int64_t left) {
     return __builtin_convertvector(numbers, Floats);
 }
 
+// The first `left` numbers, or all of them, rounded to bfloat16's bits where those are wanted.
+template <typename Number>
+inline void store_some(Floats numbers, int64_t left, Number* to) {
+  const auto store = [&](const auto& vector) {
+    if (left >= kLanes)
+      __builtin_memcpy(to, &vector, kLanes * sizeof(Number));
+    else
+      std::memcpy(to, &vector, left * sizeof(Number));
+  };
+  if constexpr (sizeof(Number) == 2)
+    store(bfloat16_bits(numbers));
+  else
+    store(numbers);
+}
+
 // kLanes words of a cell from number `i` on, of float32, bfloat16's bits or int8 with a scale; zeros past its end, for
 // which there is no need to look where kWhole says so.
 template <typename Kind, bool kWhole, typename Number>
@@ -256,16 +271,20 @@ inline Words in_turn(Words a, Words b, std::index_sequence<kLane...>) {
 }
 
 // Writes the sums of a head's panels in the order of its numbers.
-template <typename Kind>
-inline void unpack_sums(const float* sums, int64_t size, float* out) {
-  if constexpr (std::is_same_v<Kind, Float32>) {
-    std::copy(sums, sums + size, out);
-  } else {
-    for (int64_t first = 0; first < size; first += 2 * kLanes) {
-      const Words even = load<Words>(sums + first), odd = load<Words>(sums + first + kLanes);
-      const Words both[2] = {in_turn<0>(even, odd, std::make_index_sequence<kLanes>()),
-                             in_turn<kLanes / 2>(even, odd, std::make_index_sequence<kLanes>())};
-      std::memcpy(out + first, both, std::min<int64_t>(size - first, 2 * kLanes) * sizeof(float));
+template <typename Kind, typename Number>
+inline void unpack_sums(const float* sums, int64_t size, Number* out) {
+  const auto store = [&](Floats numbers, int64_t at) {
+    if (at < size) store_some(numbers, size - at, out + at);
+  };
+  for (int64_t first = 0; first < size; first += 2 * kLanes) {
+    const Words even = load<Words>(sums + first), odd = load<Words>(sums + first + kLanes);
+    if constexpr (std::is_same_v<Kind, Float32>) {
+      store(reinterpret_cast<Floats>(even), first);
+      store(reinterpret_cast<Floats>(odd), first + kLanes);
+    } else {
+      constexpr auto kAll = std::make_index_sequence<kLanes>();
+      store(reinterpret_cast<Floats>(in_turn<0>(even, odd, kAll)), first);
+      store(reinterpret_cast<Floats>(in_turn<kLanes / 2>(even, odd, kAll)), first + kLanes);
     }
   }
 }

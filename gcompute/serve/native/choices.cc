@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr int64_t kLookedAt = 512;
+
 // The first of the largest numbers; the last number if one is NaN.
 int32_t first_largest(const float* x, int64_t num) {
   const int64_t whole = num / kLanes * kLanes;
@@ -20,7 +22,15 @@ int32_t first_largest(const float* x, int64_t num) {
   bool any_nan = false;
   for (int lane = 0; lane < kLanes; lane++) largest = std::max(largest, most[lane]), any_nan |= is_nan[lane] != 0;
   for (int64_t i = whole; i < num; i++) largest = std::max(largest, x[i]), any_nan |= x[i] != x[i];
-  return any_nan ? num - 1 : std::find(x, x + num, largest) - x;
+  if (any_nan) return num - 1;
+  // Lanes are looked at seldom: each has to be taken out.
+  int64_t at = 0;
+  for (bool found = false; !found && at + kLookedAt <= num; at += found ? 0 : kLookedAt) {
+    Integers equal = {};
+    for (int64_t i = 0; i < kLookedAt; i += kLanes) equal |= load<Floats>(x + at + i) == largest;
+    for (int lane = 0; lane < kLanes; lane++) found |= equal[lane] != 0;
+  }
+  return std::find(x + at, x + num, largest) - x;
 }
 
 // x: [M, N]. ids: [M].

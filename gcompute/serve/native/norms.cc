@@ -11,20 +11,13 @@ namespace {
 // Rows of a task: fewer are not worth another thread.
 constexpr int64_t kRowsOfTask = 4;
 
-template <typename Number>
-void store_some(Floats numbers, int64_t left, Number* to) {
-  const int64_t num = std::min<int64_t>(left, kLanes);
-  const auto store = [&](const auto& vector) { std::memcpy(to, &vector, num * sizeof(Number)); };
-  if constexpr (sizeof(Number) == 2)
-    store(bfloat16_bits(numbers));
-  else
-    store(numbers);
-}
-
 // sum = x + added; normed = sum / sqrt(mean(sum^2) + eps) * scale.
 template <typename Number>
 void norm_row(const float* x, const float* added, const float* scale, float eps, int64_t size, float* sum,
               Number* normed) {
+  // Stores wait for their lines one after another, where those are far away.
+  for (int64_t i = 0; i < size; i += 64 / sizeof(float)) __builtin_prefetch(sum + i, 1);
+  for (int64_t i = 0; i < size; i += 64 / sizeof(Number)) __builtin_prefetch(normed + i, 1);
   Floats squares = {};
   for (int64_t i = 0; i < size; i += kLanes) {
     const Floats numbers = floats_of(x + i, size - i) + floats_of(added + i, size - i);

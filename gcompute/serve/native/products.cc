@@ -5,37 +5,77 @@
 // float32) the words of all its channels lie side by side, so that one pass over a panel reads memory in its order.
 // Sums run along a row in its order, whatever M is: the result of a row does not depend on the rows beside it.
 
-#include "panels.h"
+#include "cells.h"
 
 namespace {
 
-// x: [M, I]. panels: [ceil(O / kPanel), words of a row, kPanel]. y: [M, O].
+// Rows that are multiplied by panel after panel, in equal parts of kMostRows at most.
+struct Parts {
+  Rows all;
+  int64_t num_rows, num_words, num = (num_rows + kMostRows - 1) / kMostRows;
+  // One pass over the panels is in the order of memory, which the processor fetches best by itself. More passes over
+  // each would leave the memory idle, but that every one fetches its share of the next panel.
+  int64_t lines = num == 1 ? 0 : (kTogether * kPanel * 4 / 64 + num - 1) / num;
+
+  int64_t first(int64_t part) const { return num_rows * part / num; }
+  int64_t size(int64_t part) const { return first(part + 1) - first(part); }
+
+  // y = a part's rows times a panel, `width` of its columns.
+  template <typename Kind>
+  void multiply_by(const uint32_t* panel, int64_t part, typename Kind::Sum* y, int64_t stride, int64_t width) const {
+    const char* next = reinterpret_cast<const char*>(panel + num_words * kPanel);
+    multiply<Kind, false, true>(size(part), Rows{all.words + first(part) * num_words, num_words}, panel, num_words, y,
+                                stride, width, Ahead{next + part * lines * 64 * (num_words / kTogether), lines});
+  }
+};
+
+// x: [M, I]. panels: [ceil(O / kPanel), words of a row, kPanel].
+template <typename X>
+Parts parts_of(const X& x, const ffi::Buffer<ffi::U32>& panels) {
+  const int64_t num_words = panels.dimensions()[1];
+  return {Rows{reinterpret_cast<const uint32_t*>(x.untyped_data()), num_words}, x.dimensions()[0], num_words};
+}
+
+template <typename X, typename Y>
+bool go_together(const X& x, const ffi::Buffer<ffi::U32>& panels, Y& y, int64_t outputs) {
+  const auto dims = panels.dimensions();
+  return x.size_bytes() == static_cast<size_t>(y->dimensions()[0] * dims[1]) * 4 &&
+         (outputs + kPanel - 1) / kPanel == dims[0];
+}
+
+const char* const kShapes = "the shapes of x, panels and y do not go together.";
+
+// y: [M, O].
 template <typename Kind, typename X, typename Y>
 ffi::Error product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, Y y) {
-  const int64_t rows = x.dimensions()[0], num_panels = panels.dimensions()[0], num_words = panels.dimensions()[1];
-  const int64_t outputs = y->dimensions()[1];
-  if (x.size_bytes() != static_cast<size_t>(rows * num_words) * 4 || (outputs + kPanel - 1) / kPanel != num_panels)
-    return ffi::Error::InvalidArgument("the shapes of x, panels and y do not go together.");
-  const auto* from = reinterpret_cast<const uint32_t*>(x.untyped_data());
-  const auto* weights = panels.typed_data();
-  auto* to = y->typed_data();
-  // Enough pieces that threads end together, few enough that taking one costs nothing.
-  const int64_t pieces = std::min<int64_t>(num_panels, 16);
-  const int64_t tiles = (rows + kMostRows - 1) / kMostRows;
-  share_out(pool, pieces, [=](int64_t piece) {
-    for (int64_t at = num_panels * piece / pieces; at < num_panels * (piece + 1) / pieces; at++) {
-      const int64_t width = std::min<int64_t>(kPanel, outputs - at * kPanel);
-      const uint32_t* panel = weights + at * num_words * kPanel;
-      // One pass over the panels is in the order of memory, which the processor fetches best by itself. More passes
-      // over each would leave the memory idle, but that every one fetches its share of the next panel.
-      const int64_t lines = tiles == 1 ? 0 : (kTogether * kPanel * 4 / 64 + tiles - 1) / tiles;
-      const char* next = reinterpret_cast<const char*>(panel + num_words * kPanel);
-      for (int64_t part = 0; part < tiles; part++) {
-        const int64_t first = rows * part / tiles, end = rows * (part + 1) / tiles;
-        multiply<Kind, false, true>(end - first, Rows{from + first * num_words, num_words}, panel, num_words,
-                                    to + first * outputs + at * kPanel, outputs, width,
-                                    Ahead{next + part * lines * 64 * (num_words / kTogether), lines});
-      }
+  const int64_t outputs = y->dimensions()[1], num_panels = panels.dimensions()[0];
+  if (!go_together(x, panels, y, outputs)) return ffi::Error::InvalidArgument(kShapes);
+  const Parts parts = parts_of(x, panels);
+  share_out(pool, num_panels, [=, weights = panels.typed_data(), to = y->typed_data()](int64_t at) {
+    for (int64_t part = 0; part < parts.num; part++)
+      parts.multiply_by<Kind>(weights + at * parts.num_words * kPanel, part,
+                              to + parts.first(part) * outputs + at * kPanel, outputs,
+                              std::min<int64_t>(kPanel, outputs - at * kPanel));
+  });
+  return ffi::Error::Success();
+}
+
+// y: [M, O / 2] = silu(first half of the product) * second half, whose panels begin where those of the first end.
+template <typename Kind, typename X, typename Y>
+ffi::Error gated_product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, Y y) {
+  const int64_t outputs = y->dimensions()[1], num_panels = panels.dimensions()[0] / 2;
+  if (!go_together(x, panels, y, 2 * outputs) || outputs % kPanel) return ffi::Error::InvalidArgument(kShapes);
+  const Parts parts = parts_of(x, panels);
+  share_out(pool, num_panels, [=, weights = panels.typed_data(), to = y->typed_data()](int64_t at) {
+    float gates[kMostRows][kPanel], ups[kMostRows][kPanel];
+    for (int64_t part = 0; part < parts.num; part++) {
+      const int64_t panel_words = parts.num_words * kPanel;
+      parts.multiply_by<Kind>(weights + at * panel_words, part, gates[0], kPanel, kPanel);
+      parts.multiply_by<Kind>(weights + (num_panels + at) * panel_words, part, ups[0], kPanel, kPanel);
+      for (int64_t row = 0; row < parts.size(part); row++)
+        for (int64_t i = 0; i < kPanel; i += kLanes)
+          store_some(silu_of(load<Floats>(gates[row] + i)) * load<Floats>(ups[row] + i), kLanes,
+                     to + (parts.first(part) + row) * outputs + at * kPanel + i);
     }
   });
   return ffi::Error::Success();
@@ -43,14 +83,16 @@ ffi::Error product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, Y y)
 
 }  // namespace
 
-#define GCOMPUTE_PRODUCT(name, Kind, In, Out)                                                       \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, (product<Kind, ffi::Buffer<In>, ffi::ResultBuffer<Out>>),     \
-                                ffi::Ffi::Bind()                                                    \
-                                    .Ctx<ffi::ThreadPool>()                                         \
-                                    .Arg<ffi::Buffer<In>>()                                         \
-                                    .Arg<ffi::Buffer<ffi::U32>>()                                   \
+#define GCOMPUTE_PRODUCT(name, function, Kind, In, Out)                                              \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, (function<Kind, ffi::Buffer<In>, ffi::ResultBuffer<Out>>),     \
+                                ffi::Ffi::Bind()                                                     \
+                                    .Ctx<ffi::ThreadPool>()                                          \
+                                    .Arg<ffi::Buffer<In>>()                                          \
+                                    .Arg<ffi::Buffer<ffi::U32>>()                                    \
                                     .Ret<ffi::Buffer<Out>>())
 
-GCOMPUTE_PRODUCT(product_float32, Float32, ffi::F32, ffi::F32);
-GCOMPUTE_PRODUCT(product_bfloat16, Bfloat16, ffi::BF16, ffi::F32);
-GCOMPUTE_PRODUCT(product_int8, Int8, ffi::S8, ffi::S32);
+GCOMPUTE_PRODUCT(product_float32, product, Float32, ffi::F32, ffi::F32);
+GCOMPUTE_PRODUCT(product_bfloat16, product, Bfloat16, ffi::BF16, ffi::F32);
+GCOMPUTE_PRODUCT(product_int8, product, Int8, ffi::S8, ffi::S32);
+GCOMPUTE_PRODUCT(gated_product_float32, gated_product, Float32, ffi::F32, ffi::F32);
+GCOMPUTE_PRODUCT(gated_product_bfloat16, gated_product, Bfloat16, ffi::BF16, ffi::BF16);

@@ -40,6 +40,14 @@ def product(x_MI: Array, panels_PWN: UInt32[Array, "p w 32"], num_outputs: int, 
     return jax.ffi.ffi_call(kernel, result)(x_MI, panels_PWN)
 
 
+def gated_product(x_MI: Array, panels_PWN: UInt32[Array, "p w 32"], num_outputs: int, suffix: str = "") -> Array:
+    """silu(first half of x @ w^T) * second half, in x's dtype, float32 or bfloat16; halves are whole panels."""
+    kernel = target(f"gated_product_{x_MI.dtype.name}", suffix)
+    return jax.ffi.ffi_call(kernel, jax.ShapeDtypeStruct((x_MI.shape[0], num_outputs // 2), x_MI.dtype))(
+        x_MI, panels_PWN
+    )
+
+
 def unpack_rows(
     panels_PWN: UInt32[Array, "p w 32"], rows: Int[Array, "..."], dtype: jnp.dtype
 ) -> Float[Array, "... i"]:
