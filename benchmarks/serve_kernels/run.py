@@ -72,7 +72,7 @@ def attention(rows: int, queries: int, cells: int) -> tuple[Contenders, float, f
     from model import HEAD, HEADS, KV_HEADS, LAYERS
 
     from gcompute.config.model import ModelConfig
-    from gcompute.serve.decoder import _visible, attend
+    from gcompute.serve.decoder import visible_cells, attend
     from gcompute.serve.kv_pool import KVPool, gather, started
     from gcompute.serve.native import attention as native
 
@@ -98,7 +98,7 @@ def attention(rows: int, queries: int, cells: int) -> tuple[Contenders, float, f
         return [native.attend(q, cache, layer, positions) for layer in range(LAYERS)]
 
     def by_xla(q: Any, cache: Any) -> Any:
-        return [attend(q, cache, layer, _visible(cache, positions), compute) for layer in range(LAYERS)]
+        return [attend(q, cache, layer, visible_cells(cache, positions), compute) for layer in range(LAYERS)]
 
     # Gathering is not counted: a dispatch of several steps does it once.
     gathered = jax.block_until_ready(

@@ -1,6 +1,7 @@
 """The few sizes that programs are compiled for: whatever is smaller is padded to the next one. No arrays here."""
 
 from collections.abc import Sequence
+from functools import cache as remember
 
 # Smaller ones would save little time and cost as much compiling as large ones.
 SMALLEST_BUCKET = 32
@@ -17,6 +18,7 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+@remember
 def make_buckets(largest: int, multiple: int = 1) -> tuple[int, ...]:
     """Powers of two from 32 up, rounded up to `multiple`, and `largest` rounded up, always the last.
 
@@ -32,6 +34,7 @@ def make_buckets(largest: int, multiple: int = 1) -> tuple[int, ...]:
     return tuple(sorted({size for size in sizes if size < last} | {last}))
 
 
+@remember
 def batch_buckets(slots: int) -> tuple[int, ...]:
     """Batches that decode programs are made for: one row, then four and its doublings, up to all slots.
 

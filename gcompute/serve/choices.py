@@ -80,7 +80,7 @@ def _measure(
 
 def read_row(choices: Choices, row: int, num_top: int | None) -> tuple[list[int], Sequence[TokenLogprobs]]:
     """One row of choices: its tokens, and what to report of each, which is nothing where num_top is None."""
-    tokens = [int(token) for token in np.asarray(choices.token)[row] if token != NO_TOKEN]
+    tokens = [token for token in np.asarray(choices.token)[row].tolist() if token != NO_TOKEN]
     if num_top is None:
         return tokens, ()
     logprob, ids, tops = (np.asarray(x)[row] for x in (choices.logprob, choices.top_ids, choices.top_logprobs))

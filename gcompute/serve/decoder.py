@@ -31,9 +31,10 @@ from gcompute.serve.kv_pool import RowCache, in_order, place, started, store
 from gcompute.serve.native import attention as native_attention
 from gcompute.serve.native import norms as norm_kernels
 from gcompute.serve.native import products as native_products
+from gcompute.serve.native.products import Later
 from gcompute.serve.weights import Matrix
 
-Product = Callable[[Matrix, Array], Array]
+Product = Callable[..., Array]
 
 
 def forward(
@@ -74,7 +75,7 @@ def forward(
     few = tokens_BT.size <= few_rows.MOST_ROWS
     product = partial(apply, compute=execution.compute, zero=zero, few=few)
     cache = started(cache, positions_BT)
-    visible = _visible(cache, positions_BT)
+    visible = visible_cells(cache, positions_BT)
     native_norms = _has_native_norms(config, cache, execution)
     add_norm = partial(_add_norm, config, execution, native=native_norms)
     fed_BTD = None
@@ -98,7 +99,7 @@ def forward(
         o_BTNH = constrain(placement, o_BTNH, "BTNH")
         mixed_BTD = _attention_output(weights, o_BTNH, product, config, execution)
         x_BTD, normed_BTD = add_norm(weights["mlp_norm"], x_BTD, mixed_BTD, weights.get("into"))
-        fed_BTD = _feed_forward(weights, normed_BTD, product, config, execution)
+        fed_BTD = _feed_forward(weights, normed_BTD, product, config, execution, *_later(cache, layer + 1))
     if not native_norms:
         # On a mesh, what is added up may lie in parts: it is added up before anything is picked from it.
         x_BTD, fed_BTD = _sum(execution, x_BTD, fed_BTD), None
@@ -160,22 +161,26 @@ def apply(
     compute: jnp.dtype,
     zero: UInt32[Array, ""],
     few: bool,
+    later: Later = (),
 ) -> Float[Array, "b t o"]:
-    """y = x @ w^T + bias with a wide result; `few`: this is a program of few rows, compiled with their options."""
+    """y = x @ w^T + bias with a wide result; `few`: this is a program of few rows, compiled with their options.
+
+    later: what the CPU kernels may fetch meanwhile.
+    """
     b, t, i = x_BTI.shape
     x_MI = x_BTI.reshape(b * t, i)
     words_OW = matrix.words_OW if few else None
     if matrix.scale_O is not None:
         rounded_MI, scale_M = quantize(x_MI)
         if matrix.panels_PWN is not None:
-            whole_MO = native_products.product(rounded_MI, matrix.panels_PWN, matrix.num_outputs)
+            whole_MO = native_products.product(rounded_MI, matrix.panels_PWN, matrix.num_outputs, later=later)
         elif words_OW is not None:
             whole_MO = few_rows.quad_product(rounded_MI, words_OW, zero)
         else:
             whole_MO = int8_product(rounded_MI, _whole(matrix))
         y_MO = whole_MO.astype(jnp.float32) * scale_M[:, None] * matrix.scale_O
     elif matrix.panels_PWN is not None:
-        y_MO = native_products.product(x_MI.astype(compute), matrix.panels_PWN, matrix.num_outputs)
+        y_MO = native_products.product(x_MI.astype(compute), matrix.panels_PWN, matrix.num_outputs, later=later)
     elif words_OW is not None:
         y_MO = few_rows.pair_product(x_MI, words_OW, zero)
     else:
@@ -192,7 +197,7 @@ def _whole(matrix: Matrix) -> Array:
     return matrix.w_OI
 
 
-def _visible(cache: RowCache, positions_BT: Array) -> tuple[Array, Array]:
+def visible_cells(cache: RowCache, positions_BT: Array) -> tuple[Array, Array]:
     """Which old and which new cells each query sees: old ones end where new ones begin, and both at its position."""
     start_B11 = cache.start_B[:, None, None]
     old_S, new_C = jnp.arange(cache.length), jnp.arange(cache.num_new)
@@ -300,7 +305,23 @@ def _attention_output(
     return out_BTD + own["o_bias_D"] if config.bias else out_BTD
 
 
-def _feed_forward(weights: Params, x_BTD: Array, product: Product, config: ModelConfig, execution: Execution) -> Array:
+def _later(cache: RowCache, layer: int) -> tuple[Later, Later]:
+    """The keys and the values that the attention of a layer reads from the pool, to be fetched before."""
+    if cache.tables_BN is None or layer == len(cache.k):
+        return (), ()
+    of_rows = (cache.tables_BN.astype(jnp.int32), cache.start_B)
+    return (cache.k[layer], *of_rows), (cache.v[layer], *of_rows)
+
+
+def _feed_forward(
+    weights: Params,
+    x_BTD: Array,
+    product: Product,
+    config: ModelConfig,
+    execution: Execution,
+    keys: Later,
+    values: Later,
+) -> Array:
     compute, placement = execution.compute, execution.placement
     if config.experts:
         experts = weights["experts"] if "experts" in weights else weights["mlp"]
@@ -308,12 +329,12 @@ def _feed_forward(weights: Params, x_BTD: Array, product: Product, config: Model
     act = activation(config.activation)
     if "into" in weights:
         if _is_gated_at_once(config, weights["into"]):
-            return product(weights["down"], _gated(weights["into"], x_BTD, compute))
-        into_BTO = product(weights["into"], x_BTD)
-        if config.gated:
-            gate_BTF, up_BTF = jnp.split(into_BTO, 2, axis=-1)
-            return product(weights["down"], act(gate_BTF) * up_BTF)
-        return product(weights["down"], act(into_BTO))
+            hidden_BTF = _gated(weights["into"], x_BTD, compute, keys)
+        else:
+            into_BTO = product(weights["into"], x_BTD, later=keys)
+            parts = jnp.split(into_BTO, 2 if config.gated else 1, axis=-1)
+            hidden_BTF = act(parts[0]) * parts[1] if config.gated else act(into_BTO)
+        return product(weights["down"], hidden_BTF, later=values)
     own: dict[str, Any] = weights["mlp"]
 
     def with_bias(y: Array, name: str) -> Array:
@@ -334,10 +355,10 @@ def _is_gated_at_once(config: ModelConfig, into: Matrix) -> bool:
     return packed and config.gated and into.num_outputs % (2 * native_products.PANEL) == 0
 
 
-def _gated(into: Matrix, x_BTD: Array, compute: jnp.dtype) -> Array:
+def _gated(into: Matrix, x_BTD: Array, compute: jnp.dtype, later: Later) -> Array:
     assert into.panels_PWN is not None
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(compute)
-    y_MF = native_products.gated_product(x_MD, into.panels_PWN, into.num_outputs)
+    y_MF = native_products.gated_product(x_MD, into.panels_PWN, into.num_outputs, later=later)
     return y_MF.reshape(*x_BTD.shape[:-1], -1)
 
 

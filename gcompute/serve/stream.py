@@ -259,12 +259,13 @@ class Output:
                 reason = Reason.STOP
                 break
             shown.append(token)
-            piece = self._decoder.push(token) if self._decoder else ""
-            # Text of the first min_tokens ends nothing.
-            text.append(self._finder.push(piece) if self.num_tokens >= sampling.min_tokens else piece)
-            if self._finder.found:
-                reason = Reason.STOP
-                break
+            if self._decoder is not None:
+                piece = self._decoder.push(token)
+                # Text of the first min_tokens ends nothing.
+                text.append(self._finder.push(piece) if self.num_tokens >= sampling.min_tokens else piece)
+                if self._finder.found:
+                    reason = Reason.STOP
+                    break
             if self.num_tokens == sampling.max_tokens:
                 reason = Reason.LENGTH
                 break

@@ -129,6 +129,8 @@ SHAPES = {
     "chunk": {"rows": 2, "queries": 37, "starts": [3, 24], "heads": 4, "kv_heads": 4, "size": 8, "table": 16},
     "blocks": {"rows": 1, "queries": 5, "starts": [700], "heads": 5, "kv_heads": 1, "size": 80, "table": 180},
     "room": {"rows": 2, "queries": 1, "starts": [9, 50], "heads": 2, "kv_heads": 1, "size": 20, "table": 16, "new": 8},
+    "four heads": {"rows": 2, "queries": 1, "starts": [40, 9], "heads": 4, "kv_heads": 1, "size": 96, "table": 16},
+    "own heads": {"rows": 1, "queries": 1, "starts": [150], "heads": 3, "kv_heads": 3, "size": 160, "table": 40},
 }
 
 

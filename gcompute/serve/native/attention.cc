@@ -10,7 +10,7 @@
 #include <limits>
 #include <vector>
 
-#include "cells.h"
+#include "single_query.h"
 
 namespace {
 
@@ -171,7 +171,14 @@ struct Task {
     });
     const RowOfCells keys = cells(call.k, call.new_k), values = cells(call.v, call.new_v);
     const Block first_values(values, 0, std::min<int64_t>(most, kBlock));
+    // Panels are worth their packing to many rows.
+    const bool single = end_query - first_query == 1 && groups <= kFewRows && key_words % kLanes == 0;
     over_blocks(keys, most, first_values, [&](const Operands& cells, int64_t head, int64_t cell, auto& fetch) {
+      if (single)
+        return with_rows(groups, [&](auto rows) {
+          score<Kind, rows>(Rows{q + head * groups * stride, stride}, cells, head, key_words,
+                            scores + head * groups * score_stride + cell, score_stride, fetch);
+        });
       pack_keys(cells, head, panels, fetch);
       over_tiles(head, cell, [&](int64_t held, int64_t num) {
         multiply<Kind>(num, Rows{q + held * stride, stride}, panels, key_words, scores + held * score_stride + cell,
@@ -181,6 +188,12 @@ struct Task {
     each([&](int64_t query, int64_t held, int64_t) { weigh<Kind>(scores + held * score_stride, seen(query), ends); });
     over_blocks(values, most, after, [&](const Operands& cells, int64_t head, int64_t cell, auto& fetch) {
       constexpr int64_t kWords = kBlock / kNumbers<Kind>;
+      if (single)
+        return with_rows(groups, [&](auto rows) {
+          const auto* weights = reinterpret_cast<const uint32_t*>(scores + head * groups * score_stride);
+          add_values<Kind, rows>(Rows{weights + cell / kNumbers<Kind>, score_stride}, cells, head,
+                                 sums + head * groups * sum_stride, sum_stride, fetch);
+        });
       pack_values<Kind>(cells, head, panels, fetch);
       over_tiles(head, cell, [&](int64_t held, int64_t num) {
         const auto* weights = reinterpret_cast<const uint32_t*>(scores + held * score_stride) + cell / kNumbers<Kind>;

@@ -67,10 +67,27 @@ struct Rows {
   int64_t stride;
 };
 
-// What the processor is told to fetch meanwhile: so many lines for every kTogether words.
+// Memory that lies in places of one size, which is fetched `lines` lines a time, as long as some are left.
+struct Places {
+  const char* const* begins = nullptr;
+  int64_t bytes = 0, lines = 0, left = 0, inside = 0;
+
+  void fetch_some() {
+    const int64_t num = std::min(lines, left);
+    for (int64_t line = 0; line < num; line++) {
+      __builtin_prefetch(*begins + inside, 0, 1);
+      inside += 64;
+      if (inside >= bytes) inside = 0, begins++;
+    }
+    left -= num;
+  }
+};
+
+// What the processor is told to fetch meanwhile: so many lines for every kTogether words, and some of other places.
 struct Ahead {
   const char* from;
   int64_t lines;
+  Places* later;
 };
 constexpr int64_t kTogether = 16;
 
@@ -81,6 +98,10 @@ void tile(Rows x, const uint32_t* panel, int64_t num_words, typename Kind::Sum* 
   typename Kind::Sums sums[kRows][kVectors] = {}, offset[kVectors] = {};
   typename Kind::Sum line[kPanel] = {};
   const bool whole = width == kPanel;
+  // By the time the sums are there, so are the lines that they go to: stores wait for theirs one after another.
+  if constexpr (kFetches)
+    for (int row = 0; row < kRows; row++)
+      for (int64_t i = 0; i < width; i += kLanes) __builtin_prefetch(y + row * stride + i, 1);
   if constexpr (kAdds)
     for (int row = 0; row < kRows; row++) {
       if (!whole) std::copy_n(y + row * stride, width, line);
@@ -90,8 +111,10 @@ void tile(Rows x, const uint32_t* panel, int64_t num_words, typename Kind::Sum* 
   // The loop over words has no registers left to fetch with.
   for (int64_t word = 0, end; word < num_words; word = end) {
     end = kFetches ? std::min(num_words, word + kTogether) : num_words;
-    if constexpr (kFetches)
+    if constexpr (kFetches) {
       for (int64_t line = 0; line < ahead.lines; line++, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 1);
+      if (ahead.later) ahead.later->fetch_some();
+    }
     for (int64_t at = word; at < end; at++, panel += kPanel) {
       Words w[kVectors];
       for (int v = 0; v < kVectors; v++) {

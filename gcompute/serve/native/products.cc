@@ -20,12 +20,14 @@ struct Parts {
   int64_t first(int64_t part) const { return num_rows * part / num; }
   int64_t size(int64_t part) const { return first(part + 1) - first(part); }
 
-  // y = a part's rows times a panel, `width` of its columns.
+  // y = a part's rows times a panel, `width` of its columns; some of `later` is fetched too.
   template <typename Kind>
-  void multiply_by(const uint32_t* panel, int64_t part, typename Kind::Sum* y, int64_t stride, int64_t width) const {
+  void multiply_by(const uint32_t* panel, int64_t part, typename Kind::Sum* y, int64_t stride, int64_t width,
+                   Places& later) const {
     const char* next = reinterpret_cast<const char*>(panel + num_words * kPanel);
+    const Ahead ahead{next + part * lines * 64 * (num_words / kTogether), lines, &later};
     multiply<Kind, false, true>(size(part), Rows{all.words + first(part) * num_words, num_words}, panel, num_words, y,
-                                stride, width, Ahead{next + part * lines * 64 * (num_words / kTogether), lines});
+                                stride, width, ahead);
   }
 };
 
@@ -43,35 +45,71 @@ bool go_together(const X& x, const ffi::Buffer<ffi::U32>& panels, Y& y, int64_t 
          (outputs + kPanel - 1) / kPanel == dims[0];
 }
 
+// What a later kernel reads of a pool of pages [P, ...]: row b's first cells, `starts` [B], are in the pages that
+// tables [B, n] name. Products of many rows leave the memory time enough to bring it nearer.
+class LaterPages {
+ public:
+  LaterPages(const ffi::RemainingArgs& args, const Parts& parts) {
+    if (args.size() == 0 || parts.num == 1) return;
+    const auto pool = *args.get<ffi::AnyBuffer>(0);
+    const auto tables = *args.get<ffi::Buffer<ffi::S32>>(1), starts = *args.get<ffi::Buffer<ffi::S32>>(2);
+    const int64_t num_pages = pool.dimensions()[0], page = pool.dimensions()[1];
+    const int64_t num_tables = tables.dimensions()[1];
+    bytes_ = pool.size_bytes() / num_pages;
+    for (int64_t row = 0; row < tables.dimensions()[0]; row++)
+      for (int64_t at = 0; at < num_tables && at * page < starts.typed_data()[row]; at++) {
+        const int64_t entry = std::clamp<int64_t>(tables.typed_data()[row * num_tables + at], 0, num_pages - 1);
+        begins_.push_back(static_cast<const char*>(pool.untyped_data()) + entry * bytes_);
+      }
+  }
+
+  // What one of `num` tasks fetches, in `times` times.
+  Places share(int64_t task, int64_t num, int64_t times) const {
+    const int64_t first = begins_.size() * task / num, end = begins_.size() * (task + 1) / num;
+    const int64_t left = (end - first) * (bytes_ / 64);
+    return {begins_.data() + first, bytes_, std::min<int64_t>(kMostLines, (left + times - 1) / times), left};
+  }
+
+ private:
+  // More at a time the memory would not bring in time.
+  static constexpr int64_t kMostLines = 12;
+  std::vector<const char*> begins_;
+  int64_t bytes_ = 0;
+};
+
 const char* const kShapes = "the shapes of x, panels and y do not go together.";
 
 // y: [M, O].
 template <typename Kind, typename X, typename Y>
-ffi::Error product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, Y y) {
+ffi::Error product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, ffi::RemainingArgs later, Y y) {
   const int64_t outputs = y->dimensions()[1], num_panels = panels.dimensions()[0];
   if (!go_together(x, panels, y, outputs)) return ffi::Error::InvalidArgument(kShapes);
   const Parts parts = parts_of(x, panels);
-  share_out(pool, num_panels, [=, weights = panels.typed_data(), to = y->typed_data()](int64_t at) {
+  const LaterPages pages(later, parts);
+  share_out(pool, num_panels, [=, weights = panels.typed_data(), to = y->typed_data(), &pages](int64_t at) {
+    Places places = pages.share(at, num_panels, parts.num * parts.num_words / kTogether);
     for (int64_t part = 0; part < parts.num; part++)
       parts.multiply_by<Kind>(weights + at * parts.num_words * kPanel, part,
                               to + parts.first(part) * outputs + at * kPanel, outputs,
-                              std::min<int64_t>(kPanel, outputs - at * kPanel));
+                              std::min<int64_t>(kPanel, outputs - at * kPanel), places);
   });
   return ffi::Error::Success();
 }
 
 // y: [M, O / 2] = silu(first half of the product) * second half, whose panels begin where those of the first end.
 template <typename Kind, typename X, typename Y>
-ffi::Error gated_product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, Y y) {
+ffi::Error gated_product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, ffi::RemainingArgs later, Y y) {
   const int64_t outputs = y->dimensions()[1], num_panels = panels.dimensions()[0] / 2;
   if (!go_together(x, panels, y, 2 * outputs) || outputs % kPanel) return ffi::Error::InvalidArgument(kShapes);
   const Parts parts = parts_of(x, panels);
-  share_out(pool, num_panels, [=, weights = panels.typed_data(), to = y->typed_data()](int64_t at) {
+  const LaterPages pages(later, parts);
+  share_out(pool, num_panels, [=, weights = panels.typed_data(), to = y->typed_data(), &pages](int64_t at) {
+    Places places = pages.share(at, num_panels, 2 * parts.num * parts.num_words / kTogether);
     float gates[kMostRows][kPanel], ups[kMostRows][kPanel];
     for (int64_t part = 0; part < parts.num; part++) {
       const int64_t panel_words = parts.num_words * kPanel;
-      parts.multiply_by<Kind>(weights + at * panel_words, part, gates[0], kPanel, kPanel);
-      parts.multiply_by<Kind>(weights + (num_panels + at) * panel_words, part, ups[0], kPanel, kPanel);
+      parts.multiply_by<Kind>(weights + at * panel_words, part, gates[0], kPanel, kPanel, places);
+      parts.multiply_by<Kind>(weights + (num_panels + at) * panel_words, part, ups[0], kPanel, kPanel, places);
       for (int64_t row = 0; row < parts.size(part); row++)
         for (int64_t i = 0; i < kPanel; i += kLanes)
           store_some(silu_of(load<Floats>(gates[row] + i)) * load<Floats>(ups[row] + i), kLanes,
@@ -89,6 +127,7 @@ ffi::Error gated_product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels
                                     .Ctx<ffi::ThreadPool>()                                          \
                                     .Arg<ffi::Buffer<In>>()                                          \
                                     .Arg<ffi::Buffer<ffi::U32>>()                                    \
+                                    .RemainingArgs()                                                 \
                                     .Ret<ffi::Buffer<Out>>())
 
 GCOMPUTE_PRODUCT(product_float32, product, Float32, ffi::F32, ffi::F32);

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int, UInt32
 from gcompute.serve.native.build import target
 
 PANEL = 32
+# Pages, the tables of rows, and how many of each row's cells lie in them; or nothing.
+Later = tuple[Array, Array, Array] | tuple[()]
 # dtype of x and w -> dtype of y.
 RESULTS = {"float32": jnp.float32, "bfloat16": jnp.float32, "int8": jnp.int32}
 
@@ -30,22 +32,25 @@ def pack(w_OI: Array) -> UInt32[Array, "p w 32"]:
     return words_OW.reshape(-1, PANEL, words_OW.shape[1]).swapaxes(1, 2)
 
 
-def product(x_MI: Array, panels_PWN: UInt32[Array, "p w 32"], num_outputs: int, suffix: str = "") -> Array:
+def product(
+    x_MI: Array, panels_PWN: UInt32[Array, "p w 32"], num_outputs: int, suffix: str = "", *, later: Later = ()
+) -> Array:
     """x @ w^T of x in the dtype that w was packed from: float32, or int32 of int8.
 
-    The sum of a row runs in the order of its inputs, whatever the number of rows.
+    The sum of a row runs in the order of its inputs, whatever the number of rows. later: what attention reads soon.
     """
     kernel = target(f"product_{x_MI.dtype.name}", suffix)
     result = jax.ShapeDtypeStruct((x_MI.shape[0], num_outputs), RESULTS[x_MI.dtype.name])
-    return jax.ffi.ffi_call(kernel, result)(x_MI, panels_PWN)
+    return jax.ffi.ffi_call(kernel, result)(x_MI, panels_PWN, *later)
 
 
-def gated_product(x_MI: Array, panels_PWN: UInt32[Array, "p w 32"], num_outputs: int, suffix: str = "") -> Array:
+def gated_product(
+    x_MI: Array, panels_PWN: UInt32[Array, "p w 32"], num_outputs: int, suffix: str = "", *, later: Later = ()
+) -> Array:
     """silu(first half of x @ w^T) * second half, in x's dtype, float32 or bfloat16; halves are whole panels."""
     kernel = target(f"gated_product_{x_MI.dtype.name}", suffix)
-    return jax.ffi.ffi_call(kernel, jax.ShapeDtypeStruct((x_MI.shape[0], num_outputs // 2), x_MI.dtype))(
-        x_MI, panels_PWN
-    )
+    result = jax.ShapeDtypeStruct((x_MI.shape[0], num_outputs // 2), x_MI.dtype)
+    return jax.ffi.ffi_call(kernel, result)(x_MI, panels_PWN, *later)
 
 
 def unpack_rows(
