@@ -72,7 +72,7 @@ def attention(rows: int, queries: int, cells: int) -> tuple[Contenders, float, f
     from model import HEAD, HEADS, KV_HEADS, LAYERS
 
     from gcompute.config.model import ModelConfig
-    from gcompute.serve.decoder import visible_cells, attend
+    from gcompute.serve.decoder import attend, visible_cells
     from gcompute.serve.kv_pool import KVPool, gather, started
     from gcompute.serve.native import attention as native
 
