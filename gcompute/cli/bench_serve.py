@@ -12,11 +12,10 @@ import click
 
 from gcompute.cli.flags import SectionedCommand, config_options, given
 from gcompute.config.bench import LoadConfig, PlanConfig, PromptConfig
-from gcompute.config.serve import ServeConfig
+from gcompute.config.serve import QUANTIZED, ServeConfig
 
 NOTHING_SERVED = 1
-# Where the server listens, and what no benchmark should run into.
-# Mesh and dtypes that are given are the plan's.
+# Where the server listens, what no benchmark should run into, and what is given to the plan.
 SERVER_OWN = ("host", "port", "timeout_s", "max_body_bytes", "mesh", "weights", "kv")
 
 
@@ -77,6 +76,10 @@ def command(
     if "://" in server and serve:
         flag = "--" + next(iter(serve)).replace("_", "-")
         raise ValueError(f"{flag} is for the server of a checkpoint, and {server} runs already: leave it out.")
+    if "://" not in server:
+        # A checkpoint's server keeps them as the plan is told to count them.
+        both = (("weights", plan.weights), ("kv", plan.kv))
+        serve |= {name: dtype for name, dtype in both if dtype in QUANTIZED}
     ServeConfig(**serve)
     from rich.console import Console
 

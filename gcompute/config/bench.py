@@ -99,6 +99,8 @@ class PlanConfig:
     on: str | None = option(None, "what serves: v5e:2x4, h100:8, or this (measured): its price, and the plan's figures")
     model: str | None = option(None, "the served model, for the plan: a preset, or a config.json (a checkpoint's own)")
     mesh: str | None = option(None, "the server's mesh, as in tensor=8 (default: the best one found)")
-    weights: str | None = option(None, "weights in memory (default: bfloat16, or the checkpoint's --precision)")
-    kv: str | None = option(None, "keys and values in memory (default: the same)")
+    weights: str | None = option(
+        None, "weights in memory; int8: a checkpoint's server keeps them so (default: bfloat16, or its --precision)"
+    )
+    kv: str | None = option(None, "keys and values in memory, as for --weights (default: the same)")
     usd_per_hour: float | None = option(None, "price of a chip (default: the catalogue's, of --on)")

@@ -227,9 +227,31 @@ def test_a_directory_that_is_no_checkpoint(gcompute: Command, tmp_path: Path):
     assert "holds no checkpoint" in gcompute("bench", "serve", tmp_path).error
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (("--weights", "int8", "--kv", "int8", "--slots", "2"), {"weights": "int8", "kv": "int8", "slots": 2}),
+        (("--weights", "bfloat16"), {}),
+    ],
+)
+def test_the_server_of_a_checkpoint_keeps_what_the_plan_counts(
+    gcompute: Command, tmp_path: Path, monkeypatch, given: tuple[str, ...], kept: dict[str, object]
+):
+    asked = []
+
+    def start(checkpoint: Path, serve: dict[str, object], *, measure: bool):
+        asked.append(serve)
+        raise ValueError("that is all.")
+
+    monkeypatch.setattr("gcompute.cli.bench_serve._check_checkpoint", lambda server: None)
+    monkeypatch.setattr("gcompute.cli.bench_server.checkpoint_server", start)
+    assert gcompute("bench", "serve", tmp_path, *given).error == "that is all."
+    assert asked == [kept]
+
+
 @pytest.mark.slow
 def test_a_checkpoint_is_served_by_a_process_of_its_own(gcompute: Command, finished: Path):
-    load = ("--prompt", "6", "--output", "4", "--requests", "12", "--concurrency", "3", "--slots", "2")
+    load = ("--prompt", "6", "--output", "4", "--requests", "12", "--concurrency", "3", "--slots", "2", "--kv", "int8")
     ended = gcompute("bench", "serve", finished, *load, "--json")
     assert ended.status == 0, ended.err
     document = json.loads(ended.out)
