@@ -24,7 +24,7 @@ test: $(STAMP)  ## the default tests
 
 slow: $(STAMP)  ## the slow tiers: the TPU and GPU compilers, the whole certificate, several processes, kill -9, labs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[tpu-aot,gpu-aot]'
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: $(STAMP)  ## ruff: lint and format
 	$(BIN)/ruff check .

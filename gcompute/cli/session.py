@@ -17,7 +17,7 @@ from gcompute.cli.progress import TrainProgress, WorkProgress, duration
 from gcompute.cli.run_directory import RUN, check_outside, make_directory, only_writer, write_atomically
 from gcompute.config.train import RunConfig
 from gcompute.measure.machine import Machine, look
-from gcompute.measure.profile import device_memory
+from gcompute.measure.profile import check_trace, device_memory
 from gcompute.measure.roofline import MeasuredRoofline, load_or_measure
 from gcompute.model.pretrained import CHECKPOINTS, TOKENIZER, saved_steps
 from gcompute.plan.memory import TrainMemory, train_memory
@@ -181,6 +181,8 @@ def train_session(
     import jax
 
     first = jax.process_index() == 0
+    if profile:
+        check_trace()
     check_path(out)
     make_directory(out)
     for directory, what in ((out, "--out"), (cache, "the cache")):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,27 @@ class TraceFiles:
         return found[-1]
 
 
+def check_trace() -> None:
+    """Refuse where JAX's profiler is known to take the process down with it (seen: JAX 0.10.2, libtpu 0.0.52).
+
+    Raises:
+      ValueError: the TPU compiler is installed, JAX may use it, and runs on CPU.
+    """
+    if not getattr(jax.config, "jax_platforms", None) and find_spec("libtpu") is not None and jax.default_backend() == "cpu":
+        raise ValueError("JAX's profiler crashes where libtpu is installed and there is no TPU: set JAX_PLATFORMS=cpu.")
+
+
 @contextmanager
 def trace(directory: Path | str) -> Iterator[TraceFiles]:
     """Profile what runs inside the `with`, on host and devices, into `directory`/plugins/profile/<time>/.
 
     Keep it to a few steps: a trace grows by megabytes a second. Work still running on a device when the block ends is
     cut off: block on the last result first.
+
+    Raises:
+      ValueError: the profiler would crash here (`check_trace`).
     """
+    check_trace()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     files = TraceFiles(directory=directory, earlier=frozenset(_profiles(directory, "*")))

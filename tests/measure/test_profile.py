@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
+from gcompute.measure import profile
 from gcompute.measure.profile import device_memory, process_peak_bytes, trace
 
 
@@ -23,6 +25,30 @@ def test_trace_writes_what_both_viewers_read(tmp_path):
     assert any(event.get("name") == "annotated here" for event in events)
     assert b"named_program" in files.xplane.read_bytes()
     assert files.xplane.parent.parent == tmp_path / "plugins" / "profile"
+
+
+@pytest.fixture
+def platforms(request: pytest.FixtureRequest) -> Iterator[None]:
+    """JAX as it is with JAX_PLATFORMS set so; the backend that is there stays."""
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", request.param)
+    yield
+    jax.config.update("jax_platforms", before)
+
+
+@pytest.mark.parametrize("platforms", [None], indirect=True)
+def test_where_the_profiler_would_crash_it_is_said_before(monkeypatch, tmp_path, platforms):
+    monkeypatch.setattr(profile, "find_spec", {"libtpu": object()}.get)
+    with pytest.raises(ValueError, match="set JAX_PLATFORMS=cpu"), trace(tmp_path / "traced"):
+        pass
+    monkeypatch.setattr(profile, "find_spec", {}.get)
+    profile.check_trace()
+
+
+@pytest.mark.parametrize("platforms", ["cpu"], indirect=True)
+def test_where_jax_is_told_to_run_on_cpu_the_profiler_is_used(monkeypatch, platforms):
+    monkeypatch.setattr(profile, "find_spec", {"libtpu": object()}.get)
+    profile.check_trace()
 
 
 def test_files_of_a_trace_that_has_not_ended(tmp_path):
