@@ -47,7 +47,8 @@ def check_trace() -> None:
     Raises:
       ValueError: the TPU compiler is installed, JAX may use it, and runs on CPU.
     """
-    if not getattr(jax.config, "jax_platforms", None) and find_spec("libtpu") is not None and jax.default_backend() == "cpu":
+    may_use_tpu = not getattr(jax.config, "jax_platforms", None) and find_spec("libtpu") is not None
+    if may_use_tpu and jax.default_backend() == "cpu":
         raise ValueError("JAX's profiler crashes where libtpu is installed and there is no TPU: set JAX_PLATFORMS=cpu.")
 
 
