@@ -245,7 +245,7 @@ def test_the_server_of_a_checkpoint_keeps_what_the_plan_counts(
 
     monkeypatch.setattr("gcompute.cli.bench_serve._check_checkpoint", lambda server: None)
     monkeypatch.setattr("gcompute.cli.bench_server.checkpoint_server", start)
-    assert gcompute("bench", "serve", tmp_path, *given).error == "that is all."
+    assert gcompute("bench", "serve", tmp_path, *given).error == "error: that is all."
     assert asked == [kept]
 
 
