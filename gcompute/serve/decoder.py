@@ -332,8 +332,8 @@ def _feed_forward(
             hidden_BTF = _gated(weights["into"], x_BTD, compute, keys)
         else:
             into_BTO = product(weights["into"], x_BTD, later=keys)
-            parts = jnp.split(into_BTO, 2 if config.gated else 1, axis=-1)
-            hidden_BTF = act(parts[0]) * parts[1] if config.gated else act(into_BTO)
+            gate_BTF, *up = jnp.split(into_BTO, 2 if config.gated else 1, axis=-1)
+            hidden_BTF = act(gate_BTF) * up[0] if up else act(gate_BTF)
         return product(weights["down"], hidden_BTF, later=values)
     own: dict[str, Any] = weights["mlp"]
 

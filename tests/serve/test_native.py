@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gcompute.cli.environment import HUGE_PAGES
 from gcompute.config.model import ModelConfig
 from gcompute.model.layers import rotary_table, rotate
 from gcompute.serve.kv_pool import empty_pool, gather, put_back, started, store
@@ -74,6 +75,40 @@ def test_rows_come_out_as_they_were_packed(dtype):
     w = jnp.asarray(whole_numbers(4, (70, 24), dtype), dtype)
     rows = jnp.array([[0, 69], [31, 32]])
     np.testing.assert_array_equal(unpack_rows(pack(w), rows, jnp.dtype(dtype)), w[rows])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("m", "i", "f"), [(1, 64, 32), (13, 72, 96), (40, 256, 512)])
+def test_a_gated_product_is_that_of_float64(suffix, dtype, m, i, f):
+    x, w = (whole_numbers(seed, (rows, i), dtype) for seed, rows in ((9, m), (10, 2 * f)))
+    packed = pack(jnp.asarray(w, dtype))
+    found = products.gated_product(jnp.asarray(x, dtype), packed, 2 * f, suffix)
+    gate, up = np.split((x @ w.T).astype(np.float64), 2, axis=1)
+    exact = gate / (1 + np.exp(np.minimum(-gate, 700.0))) * up
+    assert found.dtype == dtype
+    # Far below zero, a gate is not quite shut.
+    rtol = 2**-8 if dtype == "bfloat16" else 1e-6
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=rtol, atol=1e-30)
+    alone = products.gated_product(jnp.asarray(x[-1:], dtype), packed, 2 * f, suffix)
+    np.testing.assert_array_equal(alone, found[-1:])
+
+
+@pytest.mark.parametrize("m", [5, 40])
+def test_what_is_fetched_for_later_changes_nothing(suffix, m):
+    x, w = (whole_numbers(seed, (rows, 256), "bfloat16") for seed, rows in ((11, m), (12, 192)))
+    x, packed = jnp.asarray(x, "bfloat16"), pack(jnp.asarray(w, "bfloat16"))
+    pool = jnp.ones((7, PAGE, 2, 32), jnp.uint16)
+    # Entries that are no page, rows that have none and rows that claim more than they have.
+    tables, starts = jnp.array([[1, 6, 900, -4], [0, 0, 0, 0], [2, 3, 4, 5]]), jnp.array([13, 0, 900])
+    later = (pool, tables.astype(jnp.int32), starts.astype(jnp.int32))
+    for product in (products.product, products.gated_product):
+        np.testing.assert_array_equal(product(x, packed, 192, suffix, later=later), product(x, packed, 192, suffix))
+
+
+def test_halves_that_are_not_whole_panels_are_refused():
+    x, w = jnp.zeros((3, 64)), jnp.zeros((2 * 48, 64))
+    with pytest.raises(Exception, match="do not go together"):
+        jax.block_until_ready(products.gated_product(x, pack(w), 2 * 48))
 
 
 def test_what_has_no_whole_words_is_not_packed():
@@ -245,8 +280,9 @@ def test_weights_are_the_same_on_huge_pages():
     moved = collapse(arrays)
     for array, expected in zip(arrays, before, strict=True):
         np.testing.assert_array_equal(array, expected)
-    if not sys.platform.startswith("linux") or tuple(map(int, platform.release().split(".")[:2])) < (6, 1):
-        pytest.skip("needs Linux 6.1, which can put pages together")
+    is_linux = sys.platform.startswith("linux") and HUGE_PAGES.exists()
+    if not is_linux or tuple(map(int, platform.release().split(".")[:2])) < (6, 1):
+        pytest.skip("needs Linux 6.1 with huge pages, which can put pages together")
     # 12 MB lie on 5 huge pages at least that they fill.
     assert moved >= 2 * 5
 
