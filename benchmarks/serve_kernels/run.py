@@ -75,6 +75,7 @@ def attention(rows: int, queries: int, cells: int) -> tuple[Contenders, float, f
     from gcompute.serve.decoder import attend, visible_cells
     from gcompute.serve.kv_pool import KVPool, gather, started
     from gcompute.serve.native import attention as native
+    from gcompute.serve.page_cache import PageCache
 
     pages = -(-cells // PAGE)
     config = ModelConfig(
@@ -94,7 +95,7 @@ def attention(rows: int, queries: int, cells: int) -> tuple[Contenders, float, f
     compute = jnp.dtype("bfloat16")
 
     def by_kernels(q: Any, pool: Any) -> Any:
-        cache = started(gather(pool, tables, compute, queries, in_place=True), positions)
+        cache = PageCache(pool=pool, tables_BN=tables, compute=compute)
         return [native.attend(q, cache, layer, positions) for layer in range(LAYERS)]
 
     def by_xla(q: Any, cache: Any) -> Any:

@@ -205,19 +205,16 @@ def prefill_workspace(
 
 
 def in_place_workspace(model: Architecture, *, rows: int, tokens: int) -> float:
-    """Bytes beside weights and pool on a CPU whose kernels read pages where they lie, at most, while logits of `rows`
-    tokens are chosen from or a chunk of `tokens` is read: new cells, logits and what settings make of them, the widest
-    layer's rows before and after its activation, and the stream. Nothing of the pool is gathered. Held to compiled
-    programs of dense models; of mixtures it is a count of shapes alone.
+    """Bytes beside weights and pool on a CPU whose kernels work on pages where they lie, at most, while logits of
+    `rows` tokens are chosen from or a chunk of `tokens` is read: logits and what settings make of them, the widest
+    layer's rows before and after its activation, and the stream. Nothing of the pool is gathered, and new cells go to
+    it at once. Held to compiled programs of dense models; of mixtures it is a count of shapes alone.
     """
-    whole = MeshShape()
-    most = max(rows * STEPS, tokens)
-    new = sum(group.num * _new_cells(group.attention, whole.tensor, most) for group in model.layers)
     logits = CPU_LOGIT_ARRAYS * WIDE * rows * model.vocab
     feds = [group.feed_forward for group in model.layers]
     width = max(fed.num_up * (fed.width * fed.rows_per_token + fed.shared_width) for fed in feds)
     widest = 2 * WIDE * max(rows, tokens) * width
-    return new + logits + widest + STREAMS * WIDE * max(rows, tokens) * model.dim
+    return logits + widest + STREAMS * WIDE * max(rows, tokens) * model.dim
 
 
 def held_pools(model: Architecture, mesh: MeshShape, *, rows: int, cells: int, cache_bytes: float) -> float:

@@ -25,16 +25,18 @@ from gcompute.model.transformer import Execution, Params
 from gcompute.model.vocabulary import look_up
 from gcompute.parallel.einsum import accumulator, einsum
 from gcompute.parallel.placement import constrain
-from gcompute.serve import few_rows
+from gcompute.serve import few_rows, page_cache
 from gcompute.serve.int8 import int8_product, quantize
-from gcompute.serve.kv_pool import RowCache, in_order, place, started, store
+from gcompute.serve.kv_pool import RowCache, in_order, started, store
 from gcompute.serve.native import attention as native_attention
 from gcompute.serve.native import norms as norm_kernels
 from gcompute.serve.native import products as native_products
 from gcompute.serve.native.products import Later
+from gcompute.serve.page_cache import PageCache
 from gcompute.serve.weights import Matrix
 
 Product = Callable[..., Array]
+Cache = RowCache | PageCache
 
 
 def forward(
@@ -44,17 +46,19 @@ def forward(
     config: ModelConfig,
     execution: Execution,
     positions_BT: Int[Array, "b t"],
-    cache: RowCache,
+    cache: Cache,
     logits_at_B: Int[Array, "b"] | None = None,
     ordered: bool = False,
-) -> tuple[Float[Array, "b t v"] | Float[Array, "b v"], RowCache]:
+    kept_B: Int[Array, "b"] | None = None,
+) -> tuple[Float[Array, "b t v"] | Float[Array, "b v"], Cache]:
     """Logits of the next token at every position, and the cache with this input's keys and values in it.
 
     `params` are of `serving_weights`; with a placement, in the plain layout. The T new keys and values of each row are
     stored at `positions_BT`, which follow each other, and each query sees the cells up to its own position.
     `logits_at_B` picks one index of T a row before the output layer. `ordered`: sums over cells run in their order,
     whichever of them are new, so that no bit depends on where a dispatch began; it costs a copy of all cells, unless
-    attention reads pages where they lie.
+    attention reads pages where they lie. `kept_B`: how many of a row's T a `PageCache` keeps, if not all; of a
+    `RowCache` that is said when they are put back.
     """
     placement, zero = execution.placement, few_rows.unknown_zero(positions_BT)
     if "embedding_PWN" in params:
@@ -69,37 +73,45 @@ def forward(
     rotary = None
     if config.positions == "rope":
         rotary = rotary_table(positions_BT, config.head_size, config.rope_theta, accumulator(execution.compute))
-        if cache.tables_BN is not None:
+        if isinstance(cache, PageCache):
             # Or XLA on CPU computes a cosine for every number of every layer.
             rotary = few_rows.settled(rotary, zero)
     few = tokens_BT.size <= few_rows.MOST_ROWS
     product = partial(apply, compute=execution.compute, zero=zero, few=few)
-    cache = started(cache, positions_BT)
-    visible = visible_cells(cache, positions_BT)
+    keep: Callable[..., Cache]
+    attention: Callable[..., Array]
+    if isinstance(cache, PageCache):
+        kept_B = jnp.full(tokens_BT.shape[0], tokens_BT.shape[1]) if kept_B is None else kept_B
+        keep = partial(page_cache.store, positions_BT=positions_BT, count_B=kept_B)
+        dtype = _operand(execution, params["blocks"][0].get("o"))
+        attention = partial(native_attention.attend, positions_BT=positions_BT, dtype=dtype)
+    else:
+        cache = started(cache, positions_BT)
+        keep = partial(store, positions_BT=positions_BT)
+        attention = partial(attend, visible=visible_cells(cache, positions_BT), compute=execution.compute)
+        if ordered:
+            attention = partial(attend_ordered, positions_BT=positions_BT, compute=execution.compute)
     native_norms = _has_native_norms(config, cache, execution)
     add_norm = partial(_add_norm, config, execution, native=native_norms)
     fed_BTD = None
     for layer in range(config.layers):
         weights = params["blocks"][layer]
         x_BTD, normed_BTD = add_norm(weights["attention_norm"], x_BTD, fed_BTD, weights.get("qkv"))
-        if _is_placed(config, cache, weights):
+        if isinstance(cache, PageCache) and _is_placed(config, cache, weights):
             joined_BTO = product(weights["qkv"], normed_BTD)
-            q_BTNH, cache = place(cache, layer, joined_BTO, rotary, positions_BT, heads=config.heads)
+            of_cells = {"positions_BT": positions_BT, "count_B": kept_B, "heads": config.heads}
+            q_BTNH, cache = page_cache.place(cache, layer, joined_BTO, rotary, **of_cells)
         else:
             q_BTNH, k_BTKH, v_BTKH = _queries_keys_values(weights, normed_BTD, rotary, product, config, execution)
-            cache = store(cache, layer, k_BTKH, v_BTKH, positions_BT)
-        if cache.tables_BN is not None:
-            dtype = _operand(execution, weights.get("o"))
-            o_BTNH = native_attention.attend(q_BTNH, cache, layer, positions_BT, dtype=dtype)
-        elif ordered:
-            o_BTNH = attend_ordered(q_BTNH, cache, layer, positions_BT, execution.compute)
-        else:
-            o_BTNH = attend(q_BTNH, cache, layer, visible, execution.compute)
+            cache = keep(cache, layer, k_BTKH, v_BTKH)
+        o_BTNH = attention(q_BTNH, cache, layer)
         # Left free, XLA may split whole heads for the product after it, and gather the cells to give it back.
         o_BTNH = constrain(placement, o_BTNH, "BTNH")
         mixed_BTD = _attention_output(weights, o_BTNH, product, config, execution)
         x_BTD, normed_BTD = add_norm(weights["mlp_norm"], x_BTD, mixed_BTD, weights.get("into"))
-        fed_BTD = _feed_forward(weights, normed_BTD, product, config, execution, *_later(cache, layer + 1))
+        fed_BTD = _feed_forward(
+            weights, normed_BTD, product, config, execution, *_later(cache, layer + 1, positions_BT)
+        )
     if not native_norms:
         # On a mesh, what is added up may lie in parts: it is added up before anything is picked from it.
         x_BTD, fed_BTD = _sum(execution, x_BTD, fed_BTD), None
@@ -213,13 +225,13 @@ def _sum(execution: Execution, x_BTD: Array, y_BTD: Array | None) -> Array:
     return constrain(placement, x_BTD + constrain(placement, y_BTD.astype(x_BTD.dtype), "BRD"), "BRD")
 
 
-def _has_native_norms(config: ModelConfig, cache: RowCache, execution: Execution) -> bool:
-    return cache.tables_BN is not None and config.norm == "rmsnorm" and execution.residual == jnp.float32
+def _has_native_norms(config: ModelConfig, cache: Cache, execution: Execution) -> bool:
+    return isinstance(cache, PageCache) and config.norm == "rmsnorm" and execution.residual == jnp.float32
 
 
-def _is_placed(config: ModelConfig, cache: RowCache, weights: Params) -> bool:
+def _is_placed(config: ModelConfig, cache: PageCache, weights: Params) -> bool:
     """Whether queries, keys and values go from their product to their places at once."""
-    return cache.tables_BN is not None and not cache.new_k_scale and "qkv" in weights and not config.qk_norm
+    return "qkv" in weights and not config.qk_norm and not cache.pool.quantized
 
 
 def _operand(execution: Execution, matrix: Matrix | None) -> jnp.dtype:
@@ -305,12 +317,12 @@ def _attention_output(
     return out_BTD + own["o_bias_D"] if config.bias else out_BTD
 
 
-def _later(cache: RowCache, layer: int) -> tuple[Later, Later]:
+def _later(cache: Cache, layer: int, positions_BT: Array) -> tuple[Later, Later]:
     """The keys and the values that the attention of a layer reads from the pool, to be fetched before."""
-    if cache.tables_BN is None or layer == len(cache.k):
+    if not isinstance(cache, PageCache) or layer == len(cache.pool.k):
         return (), ()
-    of_rows = (cache.tables_BN.astype(jnp.int32), cache.start_B)
-    return (cache.k[layer], *of_rows), (cache.v[layer], *of_rows)
+    of_rows = (cache.tables_BN.astype(jnp.int32), positions_BT[:, 0].astype(jnp.int32))
+    return (cache.pool.k[layer], *of_rows), (cache.pool.v[layer], *of_rows)
 
 
 def _feed_forward(

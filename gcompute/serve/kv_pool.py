@@ -2,10 +2,9 @@
 
 A dispatch gathers the pages of its rows into a `RowCache` once, runs all its steps on that, and puts the new cells
 back. The cells that were there before are only read; new ones go to a small part of their own, because XLA on CPU
-rewrites a whole array to change one cell of it. Where attention reads pages where they lie
-(`gcompute.serve.native.attention`), the cache has the pool's own pages and the rows' tables, and nothing is gathered.
-Layouts are this module's own business: others see pages as a count and cells as positions. Page 0 belongs to nobody:
-the tables of rows that stand for no request point to it.
+rewrites a whole array to change one cell of it. Where kernels read and write pages where they lie, nothing is gathered
+(see `page_cache`). Layouts are the business of these two modules: others see pages as a count and cells as positions.
+Page 0 belongs to nobody: the tables of rows that stand for no request point to it.
 
 int8: each cell and head has its own scale, the largest of its H numbers / 127. A cell is rounded when it is made
 (`store`), so attention sees at once what any later dispatch will see, and where a dispatch ends changes no result.
@@ -19,7 +18,6 @@ from jaxtyping import Array, Float, Int
 
 from gcompute.config.model import ModelConfig
 from gcompute.serve.int8 import dequantize, quantize, round_to
-from gcompute.serve.native import stores as native_stores
 
 # A dispatch does not know where its rows start until its first step says so.
 NOT_STARTED = -1
@@ -53,6 +51,11 @@ class KVPool:
         return self.k[0].shape[1]
 
     @property
+    def dtype(self) -> jnp.dtype:
+        """Of cells, whatever they are kept as."""
+        return jnp.dtype(jnp.bfloat16) if self.k[0].dtype == jnp.uint16 else self.k[0].dtype
+
+    @property
     def quantized(self) -> bool:
         return bool(self.k_scale)
 
@@ -62,9 +65,8 @@ class KVPool:
 class RowCache:
     """The cells of B rows side by side, a leaf a layer, in the layout and dtype that attention reads.
 
-    k, v: S cells from before this dispatch, never written; or, with `tables_BN`, the whole pool's pages with their
-    scales, and the tables say where the cells are. new_k, new_v: the C cells from `start` on, rounded as the pool
-    rounds them; float32, so that writing converts nothing. new scales: with which int8 cells were rounded.
+    k, v: S cells from before this dispatch, never written. new_k, new_v: the C cells from `start` on, rounded as the
+    pool rounds them; float32, so that writing converts nothing. new scales: with which int8 cells were rounded.
     """
 
     k: tuple[Float[Array, "b k s h"], ...]
@@ -74,15 +76,12 @@ class RowCache:
     new_k_scale: tuple[Float[Array, "b k c"], ...]
     new_v_scale: tuple[Float[Array, "b k c"], ...]
     start_B: Int[Array, "b"]
-    k_scale: tuple[Float[Array, "p s k"], ...] = ()
-    v_scale: tuple[Float[Array, "p s k"], ...] = ()
-    tables_BN: Int[Array, "b n"] | None = None
     compute: jnp.dtype = field(metadata={"static": True})
 
     @property
     def length(self) -> int:
         """Cells of a row's pages."""
-        return self.k[0].shape[2] if self.tables_BN is None else self.tables_BN.shape[1] * self.k[0].shape[1]
+        return self.k[0].shape[2]
 
     @property
     def num_new(self) -> int:
@@ -102,7 +101,7 @@ def empty_pool(config: ModelConfig, *, num_pages: int, page: int, dtype: jnp.dty
     quantized = jnp.dtype(dtype) == jnp.int8
 
     def zeros() -> tuple[Array, ...]:
-        return tuple(_bits(jnp.zeros(shape, dtype)) for _ in range(config.layers))
+        return tuple(to_bits(jnp.zeros(shape, dtype)) for _ in range(config.layers))
 
     def scales() -> tuple[Array, ...]:
         return tuple(jnp.zeros(shape[:-1], jnp.float32) for _ in range(config.layers)) if quantized else ()
@@ -115,13 +114,10 @@ def gather(
     tables_BN: Int[Array, "b n"],
     compute: jnp.dtype,
     num_cells: int | None = None,
-    *,
-    in_place: bool = False,
 ) -> RowCache:
     """The pages of each row side by side: B rows of N pages, in `compute`, with room for `num_cells` new cells.
 
     `num_cells` is at least what the dispatch will store; without it there is room for whole rows, which is slower.
-    in_place: leave the pages where they are.
     """
 
     def cells(pages: Array) -> Array:
@@ -142,11 +138,8 @@ def gather(
         return tuple(jnp.zeros(dims, wide) for _ in like)
 
     return RowCache(
-        k=pool.k if in_place else old(pool.k, pool.k_scale),
-        v=pool.v if in_place else old(pool.v, pool.v_scale),
-        k_scale=pool.k_scale if in_place else (),
-        v_scale=pool.v_scale if in_place else (),
-        tables_BN=tables_BN if in_place else None,
+        k=old(pool.k, pool.k_scale),
+        v=old(pool.v, pool.v_scale),
         compute=compute,
         new_k=new(shape, pool.k),
         new_v=new(shape, pool.v),
@@ -177,8 +170,7 @@ def store(
     first_B = positions_BT[:, 0] - cache.start_B
 
     def put(leaves: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-        place = native_stores.store if cache.tables_BN is not None and new.ndim == 4 else _place
-        return (*leaves[:layer], place(leaves[layer], new, first_B), *leaves[layer + 1 :])
+        return (*leaves[:layer], _place(leaves[layer], new, first_B), *leaves[layer + 1 :])
 
     if not cache.new_k_scale:
         k_BTKH, v_BTKH = k_BTKH.astype(compute), v_BTKH.astype(compute)
@@ -188,25 +180,6 @@ def store(
         scales = {"new_k_scale": put(cache.new_k_scale, k_scale), "new_v_scale": put(cache.new_v_scale, v_scale)}
         cache = replace(cache, **scales)
     return replace(cache, new_k=put(cache.new_k, k_BTKH), new_v=put(cache.new_v, v_BTKH))
-
-
-def place(
-    cache: RowCache,
-    layer: int,
-    joined_BTO: Float[Array, "b t o"],
-    rotary: Float[Array, "2 b t half"] | None,
-    positions_BT: Int[Array, "b t"],
-    *,
-    heads: int,
-) -> tuple[Float[Array, "b t n h"], RowCache]:
-    """Queries, and the cache as `store` makes it, of the product that has all heads side by side, by the CPU kernel."""
-    before, first_B = (cache.new_k[layer], cache.new_v[layer]), positions_BT[:, 0] - cache.start_B
-    q_BTNH, k, v = native_stores.place(joined_BTO, rotary, *before, first_B, heads=heads, compute=cache.compute)
-
-    def put(leaves: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-        return (*leaves[:layer], new, *leaves[layer + 1 :])
-
-    return q_BTNH, replace(cache, new_k=put(cache.new_k, k), new_v=put(cache.new_v, v))
 
 
 def _place(cells: Array, new: Array, first_B: Array) -> Array:
@@ -272,7 +245,7 @@ def put_back(
             both = zip(cells, scales, strict=True)
             rounded = [round_to(leaf, scale[:, :, :num_cells]) for leaf, scale in both]
         else:
-            rounded = [_bits(leaf.astype(_values(pages[0][:0]).dtype)) for leaf in cells]
+            rounded = [to_bits(leaf.astype(pool.dtype)) for leaf in cells]
         return tuple(put(*both) for both in zip(pages, rounded, strict=True))
 
     def scales(pages: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -286,7 +259,8 @@ def put_back(
     )
 
 
-def _bits(x: Array) -> Array:
+def to_bits(x: Array) -> Array:
+    """Cells as a pool keeps them."""
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 

@@ -19,9 +19,12 @@ from gcompute.serve.choices import Choices
 from gcompute.serve.decoder import forward
 from gcompute.serve.kv_pool import KVPool, RowCache
 from gcompute.serve.next_token import choose
+from gcompute.serve.page_cache import PageCache
 from gcompute.serve.placement import one_row
 from gcompute.serve.shares import gather, put_back
 from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows, with_tokens
+
+Carry = tuple[Array, Rows, RowCache | PageCache, Choices]
 
 
 def admit(state: EngineState, slot: Int[Array, ""], row: Rows) -> EngineState:
@@ -59,6 +62,7 @@ def prefill(
             positions_BT=positions_1T,
             cache=gather(pool, table_1N, chunk, execution=execution, layout=shape.layout, shares=1),
             logits_at_B=num_tokens[None] - 1,
+            kept_B=num_tokens[None],
         )
         return logits_1V, put_back(
             pool,
@@ -103,19 +107,19 @@ def decode(
 
     A step reads the row's last token, at position `length`, and chooses the one at `length + 1`. The loop ends early
     when no row is active, and with `until_free` as soon as one ends. The steps work on a copy of the rows' pages, and
-    what they wrote is put back at the end.
+    what they wrote is put back at the end, or on the pages themselves.
     """
     rows = take_rows(state.rows, slots_B)
     execution, shares, steps = shape.execution, shape.limits.shares, shape.limits.decode_steps
     cache = gather(state.pool, tables_BN, steps, execution=execution, layout=shape.layout, shares=shares)
     bucket, first = cache.length, rows
 
-    def more(carry: tuple[Array, Rows, RowCache, Choices]) -> Array:
+    def more(carry: Carry) -> Array:
         step, rows, _, _ = carry
         one_ended = jnp.any(first.active & ~rows.active)
         return (step < num_steps) & jnp.any(rows.active) & ~(until_free & one_ended)
 
-    def take_step(carry: tuple[Array, Rows, RowCache, Choices]) -> tuple[Array, Rows, RowCache, Choices]:
+    def take_step(carry: Carry) -> Carry:
         step, rows, cache, choices = carry
         active_B = rows.active
         # A row that is not active may be longer than the bucket; it must only stay inside the model's positions.
@@ -129,6 +133,7 @@ def decode(
             cache=cache,
             logits_at_B=jnp.zeros_like(rows.length),
             ordered=shape.limits.deterministic,
+            kept_B=active_B,
         )
         position_B = rows.length + 1
         tokens_BS = rows.history[:, :bucket]

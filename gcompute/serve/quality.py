@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from gcompute.config.model import ModelConfig
 from gcompute.model.transformer import Execution, Params
 from gcompute.serve.decoder import forward
-from gcompute.serve.kv_pool import empty_pool, gather, put_back
+from gcompute.serve.kv_pool import empty_pool
+from gcompute.serve.shares import gather, put_back
 from gcompute.serve.weights import Layout, choose_layout, serving_weights
 
 # Cells of a page, and tokens read at once: few, so that most of what is attended to has been through the pool.
@@ -85,11 +86,13 @@ def _losses(
     def read_page(pool: Any, page: tuple[Array, Array, Array]) -> tuple[Any, Array]:
         tokens_BC, targets_BC, start = page
         positions_BC = jnp.broadcast_to(start + jnp.arange(PAGE), (b, PAGE))
-        cache = gather(pool, tables_BN, compute, num_cells=PAGE, in_place=layout.native)
+        cache = gather(pool, tables_BN, PAGE, execution=execution, layout=layout, shares=1)
         logits_BCV, cache = forward(
             weights, tokens_BC, config=config, execution=execution, positions_BT=positions_BC, cache=cache
         )
-        pool = put_back(pool, cache, tables_BN, positions_BC[:, 0], jnp.full(b, PAGE), num_cells=PAGE)
+        counts_B = jnp.full(b, PAGE)
+        written = {"tables_BN": tables_BN, "start_B": positions_BC[:, 0], "count_B": counts_B, "num_cells": PAGE}
+        pool = put_back(pool, cache, **written, shares=1)
         chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
         return pool, jax.nn.logsumexp(logits_BCV, axis=-1) - chosen_BC
 

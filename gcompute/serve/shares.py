@@ -15,6 +15,7 @@ from gcompute.model.transformer import Execution
 from gcompute.parallel.placement import constrain
 from gcompute.serve import kv_pool
 from gcompute.serve.kv_pool import CELL_DIMS, KVPool, RowCache
+from gcompute.serve.page_cache import PageCache
 from gcompute.serve.weights import Layout
 
 
@@ -26,11 +27,13 @@ def gather(
     execution: Execution,
     layout: Layout,
     shares: int,
-) -> RowCache:
-    """The pages of each row side by side, as `kv_pool.gather`, or in place where attention reads them there."""
+) -> RowCache | PageCache:
+    """The pages of each row side by side, as `kv_pool.gather`, or the pool itself where kernels read and write it."""
     compute, placement = execution.compute, execution.placement
+    if layout.native:
+        return PageCache(pool=pool, tables_BN=tables_BN, compute=compute)
     if shares == 1:
-        cache = kv_pool.gather(pool, tables_BN, compute, num_cells, in_place=layout.native)
+        cache = kv_pool.gather(pool, tables_BN, compute, num_cells)
     else:
         read = jax.vmap(partial(kv_pool.gather, compute=compute, num_cells=num_cells))
         cache = _joined(read(_split(pool, shares), _own_tables(pool, tables_BN, shares)))
@@ -42,7 +45,7 @@ def gather(
 
 def put_back(
     pool: KVPool,
-    cache: RowCache,
+    cache: RowCache | PageCache,
     *,
     tables_BN: Int[Array, "b n"],
     start_B: Int[Array, "b"],
@@ -51,7 +54,9 @@ def put_back(
     shares: int,
     after: Array | None = None,
 ) -> KVPool:
-    """The pool with cells `start` to `start + count` of each row, as `kv_pool.put_back`."""
+    """The pool with cells `start` to `start + count` of each row, as `kv_pool.put_back`; a `PageCache` has them."""
+    if isinstance(cache, PageCache):
+        return cache.pool
     if shares == 1:
         return kv_pool.put_back(pool, cache, tables_BN, start_B, count_B, num_cells=num_cells, after=after)
     write = jax.vmap(partial(kv_pool.put_back, num_cells=num_cells))

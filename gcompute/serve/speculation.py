@@ -21,6 +21,7 @@ from gcompute.serve.choices import Choices
 from gcompute.serve.decoder import forward
 from gcompute.serve.kv_pool import RowCache
 from gcompute.serve.next_token import choose
+from gcompute.serve.page_cache import PageCache
 from gcompute.serve.programs import advance
 from gcompute.serve.shares import gather, put_back
 from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows, with_tokens
@@ -28,7 +29,8 @@ from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_ro
 # A proposal follows the latest place where so many of the last tokens, or fewer, stood before.
 LONGEST_NGRAM = 3
 
-Carry = tuple[Array, Rows, RowCache, RowCache | None, Choices, Array]
+Cache = RowCache | PageCache
+Carry = tuple[Array, Rows, Cache, Cache | None, Choices, Array]
 
 
 def propose_by_ngram(history_BS: Int[Array, "b s"], length_B: Int[Array, "b"], num: int) -> Int[Array, "b k"]:
@@ -166,8 +168,8 @@ def _with_drafts(rows: Rows, drafts_BK: Array) -> Array:
 
 
 def _propose_by_model(
-    weights: Weights, rows: Rows, cache: RowCache, at_BT: Array, awake_B: Array, *, shape: EngineShape
-) -> tuple[Array, RowCache]:
+    weights: Weights, rows: Rows, cache: Cache, at_BT: Array, awake_B: Array, *, shape: EngineShape
+) -> tuple[Array, Cache]:
     """Tokens that the draft model chooses one by one, as the request asks; the last is read too, for its keys."""
     assert shape.draft is not None
     assert weights.draft is not None

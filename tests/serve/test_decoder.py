@@ -13,6 +13,7 @@ from gcompute.model.transformer import Execution, init
 from gcompute.serve.decoder import forward
 from gcompute.serve.kv_pool import RowCache, empty_pool, gather
 from gcompute.serve.native import build
+from gcompute.serve.page_cache import PageCache
 from gcompute.serve.weights import Layout, choose_layout, serving_weights
 
 FAMILIES = {
@@ -44,10 +45,12 @@ def perturbed(config: ModelConfig) -> transformer.Params:
     )
 
 
-def fresh_cache(config: ModelConfig, *, rows: int, compute, pool_dtype=None, layout=Layout.FUSED) -> RowCache:
+def fresh_cache(
+    config: ModelConfig, *, rows: int, compute, pool_dtype=None, layout=Layout.FUSED
+) -> RowCache | PageCache:
     pool = empty_pool(config, num_pages=4 * rows + 1, page=PAGE, dtype=pool_dtype or compute)
     tables = jnp.arange(1, 4 * rows + 1).reshape(rows, 4)
-    return gather(pool, tables, compute, in_place=layout.native)
+    return PageCache(pool=pool, tables_BN=tables, compute=compute) if layout.native else gather(pool, tables, compute)
 
 
 def by_pieces(config: ModelConfig, params, tokens, *, execution, layout, int8=False, pool_dtype=None) -> list:

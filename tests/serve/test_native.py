@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,10 +13,12 @@ import pytest
 from gcompute.cli.environment import HUGE_PAGES
 from gcompute.config.model import ModelConfig
 from gcompute.model.layers import rotary_table, rotate
-from gcompute.serve.kv_pool import empty_pool, gather, put_back, started, store
+from gcompute.serve.kv_pool import empty_pool, gather, put_back, started, store, to_bits
 from gcompute.serve.native import attention, build, choices, norms, products, stores
 from gcompute.serve.native.huge_pages import collapse
 from gcompute.serve.native.products import pack, packable, unpack_rows
+from gcompute.serve.page_cache import PageCache
+from gcompute.serve.page_cache import store as store_in_pages
 
 pytestmark = pytest.mark.skipif(not build.available(), reason=f"needs the CPU kernels: {build.why_not()}")
 # What each leaves out of the processor's instructions.
@@ -53,7 +56,9 @@ def whole_numbers(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize(("m", "i", "o"), [(1, 64, 32), (5, 72, 70), (12, 64, 96), (13, 128, 33), (40, 256, 500)])
+@pytest.mark.parametrize(
+    ("m", "i", "o"), [(1, 64, 32), (5, 72, 70), (12, 64, 96), (13, 128, 33), (40, 256, 500), (1, 4, 40), (33, 16, 32)]
+)
 def test_products_are_exact(suffix, dtype, m, i, o):
     x, w = whole_numbers(1, (m, i), dtype), whole_numbers(2, (o, i), dtype)
     found = products.product(jnp.asarray(x, dtype), pack(jnp.asarray(w, dtype)), o, suffix)
@@ -78,7 +83,7 @@ def test_rows_come_out_as_they_were_packed(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("m", "i", "f"), [(1, 64, 32), (13, 72, 96), (40, 256, 512)])
+@pytest.mark.parametrize(("m", "i", "f"), [(1, 64, 32), (13, 72, 96), (40, 256, 512), (1, 4, 32), (33, 16, 32)])
 def test_a_gated_product_is_that_of_float64(suffix, dtype, m, i, f):
     x, w = (whole_numbers(seed, (rows, i), dtype) for seed, rows in ((9, m), (10, 2 * f)))
     packed = pack(jnp.asarray(w, dtype))
@@ -93,9 +98,9 @@ def test_a_gated_product_is_that_of_float64(suffix, dtype, m, i, f):
     np.testing.assert_array_equal(alone, found[-1:])
 
 
-@pytest.mark.parametrize("m", [5, 40])
-def test_what_is_fetched_for_later_changes_nothing(suffix, m):
-    x, w = (whole_numbers(seed, (rows, 256), "bfloat16") for seed, rows in ((11, m), (12, 192)))
+@pytest.mark.parametrize(("m", "i"), [(5, 256), (40, 256), (40, 8)])
+def test_what_is_fetched_for_later_changes_nothing(suffix, m, i):
+    x, w = (whole_numbers(seed, (rows, i), "bfloat16") for seed, rows in ((11, m), (12, 192)))
     x, packed = jnp.asarray(x, "bfloat16"), pack(jnp.asarray(w, "bfloat16"))
     pool = jnp.ones((7, PAGE, 2, 32), jnp.uint16)
     # Entries that are no page, rows that have none and rows that claim more than they have.
@@ -123,8 +128,8 @@ def test_shapes_that_do_not_go_together_are_refused():
         jax.block_until_ready(products.product(jnp.ones((2, 8)), pack(jnp.ones((32, 4))), 32))
 
 
-def cells_and_queries(rows, queries, starts, *, heads, kv_heads, size, table, new=None, dtype="float32", compute=None):
-    """A cache with random cells before `starts`, in place and gathered, with `queries` new ones; their queries."""
+def cells_and_queries(rows, queries, starts, *, heads, kv_heads, size, table, dtype="float32", compute=None):
+    """Pages with random cells before `starts` and `queries` new ones; all of them side by side; the queries."""
     compute = compute or jnp.dtype("float32" if dtype == "int8" else dtype)
     rng, num_cells = np.random.default_rng(5), table * PAGE
     config = ModelConfig(
@@ -139,8 +144,9 @@ def cells_and_queries(rows, queries, starts, *, heads, kv_heads, size, table, ne
     pool = put_back(pool, full, tables, jnp.zeros(rows, jnp.int32), starts, num_cells=num_cells)
     positions = starts[:, None] + jnp.arange(queries)
     k, v, q = (jnp.take_along_axis(x, positions[:, :, None, None], axis=1) for x in (k, v, q))
-    cache = started(gather(pool, tables, compute, new or queries, in_place=True), positions)
-    return store(cache, 0, k, v, positions), (full.new_k[0], full.new_v[0]), q, positions
+    cache = PageCache(pool=pool, tables_BN=tables, compute=compute)
+    cache = store_in_pages(cache, 0, k, v, positions, jnp.full(rows, queries))
+    return cache, (full.new_k[0], full.new_v[0]), q, positions
 
 
 def assert_attends(found, q, cells, positions, compute) -> None:
@@ -163,7 +169,7 @@ SHAPES = {
     "one query": {"rows": 3, "queries": 1, "starts": [0, 17, 63], "heads": 6, "kv_heads": 2, "size": 64, "table": 16},
     "chunk": {"rows": 2, "queries": 37, "starts": [3, 24], "heads": 4, "kv_heads": 4, "size": 8, "table": 16},
     "blocks": {"rows": 1, "queries": 5, "starts": [700], "heads": 5, "kv_heads": 1, "size": 80, "table": 180},
-    "room": {"rows": 2, "queries": 1, "starts": [9, 50], "heads": 2, "kv_heads": 1, "size": 20, "table": 16, "new": 8},
+    "odd size": {"rows": 2, "queries": 1, "starts": [9, 50], "heads": 2, "kv_heads": 1, "size": 20, "table": 16},
     "four heads": {"rows": 2, "queries": 1, "starts": [40, 9], "heads": 4, "kv_heads": 1, "size": 96, "table": 16},
     "own heads": {"rows": 1, "queries": 1, "starts": [150], "heads": 3, "kv_heads": 3, "size": 160, "table": 40},
 }
@@ -188,7 +194,7 @@ def test_no_bit_depends_on_where_a_dispatch_begins_or_on_other_queries(suffix):
     cache, _, q, positions = cells_and_queries(**common, queries=40, starts=[270])
     whole = attend(q, cache, positions_BT=positions)
     for first, num in ((0, 1), (7, 1), (39, 1), (5, 3)):
-        cache, _, q, positions = cells_and_queries(**common, queries=num, starts=[270 + first], new=8)
+        cache, _, q, positions = cells_and_queries(**common, queries=num, starts=[270 + first])
         np.testing.assert_array_equal(attend(q, cache, positions_BT=positions), whole[:, first : first + num])
 
 
@@ -196,8 +202,8 @@ def test_a_pool_of_rows_far_apart_reads_no_cell_of_others(suffix):
     """Cells past a row's position hold NaN, and so do the pages of nobody."""
     cache, cells, q, positions = cells_and_queries(**SHAPES["one query"])
     kept = {int(page) for row, at in enumerate(positions[:, 0]) for page in cache.tables_BN[row, : int(at) // PAGE + 1]}
-    unused = jnp.array([page for page in range(cache.k[0].shape[0]) if page not in kept])
-    cache = jax.tree.map(lambda leaf: leaf.at[unused].set(jnp.nan) if leaf.shape == cache.k[0].shape else leaf, cache)
+    unused = jnp.array([page for page in range(cache.pool.num_pages) if page not in kept])
+    cache = replace(cache, pool=jax.tree.map(lambda leaf: leaf.at[unused].set(jnp.nan), cache.pool))
     assert_attends(attention.attend(q, cache, 0, positions, suffix), q, cells, positions, cache.compute)
 
 
@@ -231,42 +237,87 @@ def test_the_first_of_the_largest_is_chosen(suffix, num):
     np.testing.assert_array_equal(choices.largest(jnp.asarray(x), suffix), expected)
 
 
-def test_new_cells_are_stored_where_they_belong_and_nowhere_else(suffix):
+# Rows that begin at a page's border, cross one, go past the table's end, keep only some, and none; entries that are no
+# page or nobody's; positions before the first.
+TABLES = np.array([[3, 1], [2, 6], [4, 5], [7, 8], [9, 10], [0, 40], [11, -3], [12, 13]])
+POSITIONS = np.array([[4], [2], [6], [0], [1], [3], [3], [-2]]) + np.arange(3)
+COUNTS = np.array([3, 3, 3, 1, 0, 3, 3, 3])
+NUM_PAGES = 14
+
+
+def with_new_cells(pages: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Pages with cells where a reader of tables would look for them."""
+    pages = pages.copy()
+    for row, one in np.ndindex(*POSITIONS.shape):
+        position = POSITIONS[row, one]
+        if one < COUNTS[row] and 0 <= position < TABLES.shape[1] * PAGE:
+            entry = TABLES[row, position // PAGE]
+            if 0 < entry < NUM_PAGES:
+                pages[entry, position % PAGE] = new[row, one]
+    return pages
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint16", "int8"])
+@pytest.mark.parametrize("rest", [(2, 12), (3,)])
+def test_new_cells_are_stored_where_they_belong_and_nowhere_else(suffix, dtype, rest):
     rng = np.random.default_rng(8)
-    cells, new = rng.normal(size=(5, 2, 8, 12)), rng.normal(size=(5, 3, 2, 12))
-    first = [0, 5, 7, -2, 20]
-    stored = np.float32(cells)
-    for row, begin in enumerate(first):
-        for one in range(3):
-            if 0 <= begin + one < 8:
-                stored[row, :, begin + one] = new[row, one]
-    found = stores.store(jnp.asarray(cells, jnp.float32), jnp.asarray(new, jnp.float32), jnp.asarray(first), suffix)
-    np.testing.assert_array_equal(found, stored)
+    pages, new = (rng.integers(0, 100, (*size, *rest)).astype(dtype) for size in ((NUM_PAGES, PAGE), POSITIONS.shape))
+    expected = with_new_cells(pages, new)
+    assert np.any(expected != pages, axis=tuple(range(2, pages.ndim))).sum() == 3 + 3 + 2 + 1 + 0 + 0 + 1 + 1
+    to = (jnp.asarray(TABLES), jnp.asarray(POSITIONS), jnp.asarray(COUNTS))
+    np.testing.assert_array_equal(stores.store(jnp.asarray(pages), jnp.asarray(new), *to, suffix), expected)
 
 
+def test_new_cells_of_another_size_are_refused():
+    to = (jnp.asarray(TABLES), jnp.asarray(POSITIONS), jnp.asarray(COUNTS))
+    with pytest.raises(Exception, match="not of the size"):
+        jax.block_until_ready(
+            stores.store(jnp.zeros((NUM_PAGES, PAGE, 2, 4)), jnp.zeros((*POSITIONS.shape, 2, 3)), *to)
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [12, 64])
 @pytest.mark.parametrize("turned", [True, False])
-def test_heads_are_turned_and_placed_as_by_the_model(suffix, compute, size, turned):
-    b, t, heads, kv_heads, room = 5, 3, 4, 2, 8
-    rng = np.random.default_rng(11)
+def test_heads_are_turned_and_placed_as_by_the_model(suffix, dtype, compute, size, turned):
+    (b, t), heads, kv_heads = POSITIONS.shape, 4, 2
+    rng, compute = np.random.default_rng(11), jnp.dtype(compute)
     joined = jnp.asarray(rng.normal(size=(b, t, (heads + 2 * kv_heads) * size)), jnp.float32)
-    cells = [jnp.asarray(rng.normal(size=(b, kv_heads, room, size)), jnp.float32) for _ in range(2)]
-    first, compute = jnp.asarray([0, 5, 7, -2, 20]), jnp.dtype(compute)
+    shape = (NUM_PAGES, PAGE, kv_heads, size)
+    pages = [to_bits(jnp.asarray(rng.normal(size=shape), dtype)) for _ in range(2)]
+    to = (jnp.asarray(TABLES), jnp.asarray(POSITIONS), jnp.asarray(COUNTS))
     table = rotary_table(jnp.arange(b * t).reshape(b, t), size, 10000.0, jnp.dtype("float32")) if turned else None
-    q, k, v = stores.place(joined, table, *cells, first, heads=heads, compute=compute, suffix=suffix)
+    q, k, v = stores.place(joined, table, *pages, *to, heads=heads, compute=compute, suffix=suffix)
 
     parts = jnp.split(joined.reshape(b, t, -1, size), (heads, heads + kv_heads), axis=2)
     queries, keys = (rotate(part, table) if turned else part for part in parts[:2])
     np.testing.assert_allclose(q, queries, rtol=1e-6, atol=1e-6)
+    wanted_k, wanted_v = (
+        stores.store(before, to_bits(new.astype(compute).astype(dtype)), *to, suffix)
+        for before, new in zip(pages, (keys, parts[2]), strict=True)
+    )
     # A number may round to the other side.
-    near = {"rtol": 1e-6, "atol": 1e-6} if compute == jnp.float32 else {"rtol": 2**-7, "atol": 1e-6}
-    np.testing.assert_allclose(k, stores.store(cells[0], keys.astype(compute), first, suffix), **near)
-    np.testing.assert_array_equal(v, stores.store(cells[1], parts[2].astype(compute), first, suffix))
+    near = {"rtol": 1e-6 if dtype == compute == "float32" else 2**-7, "atol": 1e-6}
+    np.testing.assert_allclose(numbers(k), numbers(wanted_k), **near)
+    np.testing.assert_array_equal(v, wanted_v)
+
+
+def numbers(pages) -> np.ndarray:
+    """Of pages that may hold bfloat16's bits."""
+    values = jax.lax.bitcast_convert_type(pages, jnp.bfloat16) if pages.dtype == jnp.uint16 else pages
+    return np.asarray(values, np.float32)
+
+
+def test_heads_that_are_not_as_many_as_the_pages_have_are_refused():
+    pages, to = jnp.zeros((NUM_PAGES, PAGE, 2, 8)), (jnp.asarray(TABLES), jnp.asarray(POSITIONS), jnp.asarray(COUNTS))
+    joined = jnp.zeros((*POSITIONS.shape, 7 * 8))
+    with pytest.raises(Exception, match="not as many"):
+        jax.block_until_ready(stores.place(joined, None, pages, pages, *to, heads=4, compute=jnp.dtype("float32")))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [SHAPES["one query"], SHAPES["room"]])
+@pytest.mark.parametrize("shape", [SHAPES["one query"], SHAPES["odd size"]])
 def test_attention_rounds_its_result_if_asked(suffix, shape, dtype):
     cache, _, q, positions = cells_and_queries(**shape, dtype=dtype)
     wide, narrow = (attention.attend(q, cache, 0, positions, suffix, dtype=to) for to in ("float32", "bfloat16"))

@@ -4,6 +4,7 @@ After each piece of work the scheduler's books are checked, and after each test 
 """
 
 import logging
+import re
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,7 +22,7 @@ from gcompute.serve.engine import Engine
 from gcompute.serve.native import build
 from gcompute.serve.request import Request, Sampling
 from gcompute.serve.scheduler import Scheduler
-from gcompute.serve.state import Weights
+from gcompute.serve.state import Weights, empty_state
 from gcompute.serve.stream import Reason, Tokens
 from gcompute.serve.weights import serving_weights
 from gcompute.serve.work import Decode, Prefill, Work
@@ -301,8 +302,13 @@ def test_programs_of_the_kernels_work_with_no_more_memory_than_is_predicted(conf
     predicted = assembly.memory_budget(wide, serve, 32, assembly.MeshShape()).workspace
     for kind in {program.kind for program in list_programs(shape.limits)} & {"decode", "prefill", "speculate"}:
         largest = [program for program in list_programs(shape.limits) if program.kind == kind][-1]
-        found = compile_program(largest, weights, shape).memory_analysis()
-        assert found.temp_size_in_bytes <= predicted
+        compiled = compile_program(largest, weights, shape)
+        assert compiled.memory_analysis().temp_size_in_bytes <= predicted
+        # New cells go to the pool that was given, and to no copy of it.
+        layer = jax.eval_shape(lambda: empty_state(shape)).pool.k[0].shape
+        pool = ",".join(map(str, layer))
+        assert f"[{pool}]" in compiled.as_text()
+        assert not re.search(rf"\[{pool}\]\S* copy\(", compiled.as_text())
 
 
 # Deterministic -------------------------------------------------------------------------------------------------------

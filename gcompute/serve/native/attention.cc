@@ -3,8 +3,7 @@
 // A task takes one or all key/value heads for some queries of one row. Keys are packed into panels a block of cells at
 // a time and multiplied by all queries that see them; then scores become weights; then values are packed and multiplied
 // by those. Operands are rounded where the model's own attention rounds them. Sums run over cells in their order: a
-// query's result depends on its cells alone, not on which of them are new, on what other queries there are or on the
-// length of the table.
+// query's result depends on its cells alone, not on what other queries there are or on the length of the table.
 
 #include <cmath>
 #include <limits>
@@ -47,16 +46,15 @@ void weigh(float* scores, int64_t num, int64_t end) {
   }
 }
 
-// Everything that a task reads and writes; sizes are B rows, T queries, N query heads, C new cells, n pages a row.
+// Everything that a task reads and writes; sizes are B rows, T queries, N query heads, n pages a row.
 struct Call {
   const float* q;
   Pages k, v;
-  const int32_t *tables, *starts, *positions;
-  const float *new_k, *new_v;
+  const int32_t *tables, *positions;
   void* out;
   // Whether `out` is of bfloat16.
   bool rounds;
-  int64_t num_queries, num_heads, num_new, num_tables;
+  int64_t num_queries, num_heads, num_tables;
 
   int64_t groups() const { return num_heads / k.heads; }
 };
@@ -96,8 +94,7 @@ struct Task {
 
   // Cells that a query sees.
   int64_t seen(int64_t query) const {
-    const int64_t most = std::min<int64_t>(call.num_tables * call.k.page, call.starts[row] + call.num_new);
-    return std::min<int64_t>(call.positions[row * call.num_queries + query] + 1, most);
+    return std::min<int64_t>(call.positions[row * call.num_queries + query] + 1, call.num_tables * call.k.page);
   }
 
   // Cells that any of some rows of a head sees.
@@ -108,14 +105,13 @@ struct Task {
     return most;
   }
 
-  RowOfCells cells(const Pages& pages, const float* new_cells) const {
-    return {pages, call.tables + row * call.num_tables, call.starts[row], call.num_new,
-            new_cells + row * pages.heads * call.num_new * size, first_head, end_head};
+  RowOfCells cells(const Pages& pages) const {
+    return {pages, call.tables + row * call.num_tables, first_head, end_head};
   }
 
   // The first block that a task reads.
   Block first_keys() const {
-    return Block(cells(call.k, call.new_k), 0, std::min<int64_t>(seen_by(0, rows_of_head), kBlock));
+    return Block(cells(call.k), 0, std::min<int64_t>(seen_by(0, rows_of_head), kBlock));
   }
 
   // Calls act(cells, head of the task's, first cell, fetch) for every head of every block, which calls fetch(lines) now
@@ -169,7 +165,7 @@ struct Task {
       copy_cell<Kind>(scaled, size, 1.0f, stride, q + held * stride);
       std::fill(scaled, scaled + size, 0.0f);
     });
-    const RowOfCells keys = cells(call.k, call.new_k), values = cells(call.v, call.new_v);
+    const RowOfCells keys = cells(call.k), values = cells(call.v);
     const Block first_values(values, 0, std::min<int64_t>(most, kBlock));
     // Panels are worth their packing to many rows.
     const bool single = end_query - first_query == 1 && groups <= kFewRows && key_words % kLanes == 0;
@@ -231,11 +227,10 @@ void attend(ffi::ThreadPool pool, const Call& call, int64_t rows) {
 }
 
 // q, out: [B, T, N, H]. pages: [P, S, K, H] of bfloat16's bits, int8 or float32; scales: [P, S, K] or empty.
-// tables: [B, n]. new cells: [B, K, C, H], from position `starts` on. positions: [B, T], which the tables reach.
+// tables: [B, n]. positions: [B, T], which the tables reach.
 // rounded: operands are bfloat16. out may be bfloat16 too.
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      ffi::Buffer<ffi::F32> k_scales, ffi::Buffer<ffi::F32> v_scales, ffi::Buffer<ffi::S32> tables,
-                     ffi::Buffer<ffi::F32> new_k, ffi::Buffer<ffi::F32> new_v, ffi::Buffer<ffi::S32> starts,
                      ffi::Buffer<ffi::S32> positions, ffi::Result<ffi::AnyBuffer> out, bool rounded) {
   const auto dims = k.dimensions(), queries = q.dimensions();
   const auto pages = [&](const ffi::AnyBuffer& cells, const ffi::Buffer<ffi::F32>& scales) {
@@ -245,15 +240,11 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
                   pages(k, k_scales),
                   pages(v, v_scales),
                   tables.typed_data(),
-                  starts.typed_data(),
                   positions.typed_data(),
-                  new_k.typed_data(),
-                  new_v.typed_data(),
                   out->untyped_data(),
                   out->element_type() == ffi::BF16,
                   queries[1],
                   queries[2],
-                  new_k.dimensions()[2],
                   tables.dimensions()[1]};
   rounded ? attend<Bfloat16>(pool, call, queries[0]) : attend<Float32>(pool, call, queries[0]);
   return ffi::Error::Success();
@@ -268,6 +259,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_paged, attention,
                                   .Ctx<ffi::ThreadPool>()
                                   .GCOMPUTE_F32.Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .GCOMPUTE_F32.GCOMPUTE_F32.GCOMPUTE_S32.GCOMPUTE_F32.GCOMPUTE_F32.GCOMPUTE_S32
-                                  .GCOMPUTE_S32.Ret<ffi::AnyBuffer>()
+                                  .GCOMPUTE_F32.GCOMPUTE_F32.GCOMPUTE_S32.GCOMPUTE_S32.Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("rounded"));

@@ -100,12 +100,10 @@ struct Pages {
   int64_t number_bytes() const { return dtype == ffi::F32 ? 4 : dtype == ffi::S8 ? 1 : 2; }
 };
 
-// Some heads of a row's cells: the first `start` lie in pages that a table names, those from there on in [K, C, H].
+// Some heads of a row's cells, which lie in the pages that a table names.
 struct RowOfCells {
   Pages pages;
   const int32_t* table;
-  int64_t start, num_new;
-  const float* new_cells;
   int64_t first_head, end_head;
 };
 
@@ -113,21 +111,21 @@ struct RowOfCells {
 constexpr int kBlock = 32;
 struct Block {
   RowOfCells row = {};
-  int64_t first = 0, num = 0, num_old = 0;
-  const char* old_cells[kBlock];
+  int64_t num = 0;
+  const char* cells[kBlock];
   const float* scales[kBlock];
 
   Block() = default;
 
   Block(const RowOfCells& row, int64_t first, int64_t num)
-      : row(row), first(first), num(num), num_old(std::clamp<int64_t>(row.start - first, 0, num)) {
+      : row(row), num(num) {
     const Pages& pages = row.pages;
     const int64_t head_bytes = pages.size * pages.number_bytes();
-    for (int64_t cell = 0; cell < num_old;) {
-      const int64_t inside = (first + cell) % pages.page, end = std::min(num_old, cell + pages.page - inside);
+    for (int64_t cell = 0; cell < num;) {
+      const int64_t inside = (first + cell) % pages.page, end = std::min(num, cell + pages.page - inside);
       const int64_t entry = std::clamp<int64_t>(row.table[(first + cell) / pages.page], 0, pages.num_pages - 1);
       for (int64_t at = entry * pages.page + inside; cell < end; cell++, at++) {
-        old_cells[cell] = static_cast<const char*>(pages.cells) + (at * pages.heads + row.first_head) * head_bytes;
+        cells[cell] = static_cast<const char*>(pages.cells) + (at * pages.heads + row.first_head) * head_bytes;
         if (pages.dtype == ffi::S8) scales[cell] = pages.scales + at * pages.heads + row.first_head;
       }
     }
@@ -136,7 +134,7 @@ struct Block {
   int64_t heads() const { return row.end_head - row.first_head; }
 };
 
-// Tells the processor to fetch what a block has in pages, in the order of memory: into the second cache, for the first
+// Tells the processor to fetch what a block has, in the order of memory: into the second cache, for the first
 // has no room for it beside what is worked on.
 struct Fetching {
   const Block& block;
@@ -145,8 +143,8 @@ struct Fetching {
 
   void operator()(int num_lines) {
     int64_t at = cell, offset = byte;
-    for (; num_lines > 0 && at < block.num_old; num_lines--) {
-      __builtin_prefetch(block.old_cells[at] + offset, 0, 1);
+    for (; num_lines > 0 && at < block.num; num_lines--) {
+      __builtin_prefetch(block.cells[at] + offset, 0, 1);
       offset += 64;
       if (offset >= cell_bytes) offset = 0, at++;
     }
@@ -164,12 +162,11 @@ struct Operands {
 // Cells that are not words already are copied to `to`, [kBlock + 1, heads, stride].
 template <typename Kind, typename Number>
 Operands operands_of(const Block& block, int64_t stride, uint32_t* to) {
-  const RowOfCells& row = block.row;
-  const int64_t size = row.pages.size, heads = block.heads();
+  const int64_t size = block.row.pages.size, heads = block.heads();
   constexpr bool kSame = !std::is_same_v<Number, int8_t> && sizeof(Number) * kNumbers<Kind> == sizeof(uint32_t);
   Operands found{{}, stride};
-  for (int64_t cell = 0; cell < block.num_old; cell++) {
-    const Number* from = reinterpret_cast<const Number*>(block.old_cells[cell]);
+  for (int64_t cell = 0; cell < block.num; cell++) {
+    const Number* from = reinterpret_cast<const Number*>(block.cells[cell]);
     uint32_t* copy = to + cell * heads * stride;
     found.cells[cell] = copy;
     if (kSame && size == stride * kNumbers<Kind>) {
@@ -179,13 +176,6 @@ Operands operands_of(const Block& block, int64_t stride, uint32_t* to) {
     for (int64_t head = 0; head < heads; head++)
       copy_cell<Kind>(from + head * size, size, sizeof(Number) == 1 ? block.scales[cell][head] : 1.0f, stride,
                       copy + head * stride);
-  }
-  for (int64_t cell = block.num_old; cell < block.num; cell++) {
-    found.cells[cell] = to + cell * heads * stride;
-    for (int64_t head = 0; head < heads; head++) {
-      const int64_t at = (row.first_head + head) * row.num_new + block.first + cell - row.start;
-      copy_cell<Kind>(row.new_cells + at * size, size, 1.0f, stride, to + (cell * heads + head) * stride);
-    }
   }
   uint32_t* zeros = to + kBlock * heads * stride;
   if (block.num < kBlock) std::fill(zeros, zeros + heads * stride, 0);

@@ -8,9 +8,6 @@
 
 namespace {
 
-// Rows of a task: fewer are not worth another thread.
-constexpr int64_t kRowsOfTask = 4;
-
 // sum = x + added; normed = sum / sqrt(mean(sum^2) + eps) * scale.
 template <typename Number>
 void norm_row(const float* x, const float* added, const float* scale, float eps, int64_t size, float* sum,
@@ -37,12 +34,12 @@ ffi::Error add_rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
                         ffi::Result<ffi::AnyBuffer> normed, float eps) {
   const int64_t rows = x.dimensions()[0], size = x.dimensions()[1];
   const auto each_row = [&](auto* to) {
-    share_out(pool, (rows + kRowsOfTask - 1) / kRowsOfTask,
-              [=, x = x.typed_data(), added = added.typed_data(), scale = scale.typed_data(),
-               sum = sum->typed_data()](int64_t task) {
-                for (int64_t row = task * kRowsOfTask; row < std::min(rows, (task + 1) * kRowsOfTask); row++)
-                  norm_row(x + row * size, added + row * size, scale, eps, size, sum + row * size, to + row * size);
-              });
+    share_out_rows(pool, rows,
+                   [=, x = x.typed_data(), added = added.typed_data(), scale = scale.typed_data(),
+                    sum = sum->typed_data()](int64_t row) {
+                     const int64_t at = row * size;
+                     norm_row(x + at, added + at, scale, eps, size, sum + at, to + at);
+                   });
   };
   if (normed->element_type() == ffi::F32)
     each_row(static_cast<float*>(normed->untyped_data()));

@@ -63,8 +63,9 @@ class LaterPages {
       }
   }
 
-  // What one of `num` tasks fetches, in `times` times.
+  // What one of `num` tasks fetches, in `times` times: rows of few words leave none.
   Places share(int64_t task, int64_t num, int64_t times) const {
+    if (begins_.empty() || times == 0) return {};
     const int64_t first = begins_.size() * task / num, end = begins_.size() * (task + 1) / num;
     const int64_t left = (end - first) * (bytes_ / 64);
     return {begins_.data() + first, bytes_, std::min<int64_t>(kMostLines, (left + times - 1) / times), left};
@@ -86,12 +87,14 @@ ffi::Error product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels, ffi:
   if (!go_together(x, panels, y, outputs)) return ffi::Error::InvalidArgument(kShapes);
   const Parts parts = parts_of(x, panels);
   const LaterPages pages(later, parts);
-  share_out(pool, num_panels, [=, weights = panels.typed_data(), to = y->typed_data(), &pages](int64_t at) {
-    Places places = pages.share(at, num_panels, parts.num * parts.num_words / kTogether);
-    for (int64_t part = 0; part < parts.num; part++)
-      parts.multiply_by<Kind>(weights + at * parts.num_words * kPanel, part,
-                              to + parts.first(part) * outputs + at * kPanel, outputs,
-                              std::min<int64_t>(kPanel, outputs - at * kPanel), places);
+  // A panel by one part of the rows: whole panels would leave a thread waiting for the other's last.
+  const int64_t num = num_panels * parts.num;
+  share_out(pool, num, [=, weights = panels.typed_data(), to = y->typed_data(), &pages](int64_t task) {
+    const int64_t at = task / parts.num, part = task % parts.num;
+    Places places = pages.share(task, num, parts.num_words / kTogether);
+    parts.multiply_by<Kind>(weights + at * parts.num_words * kPanel, part,
+                            to + parts.first(part) * outputs + at * kPanel, outputs,
+                            std::min<int64_t>(kPanel, outputs - at * kPanel), places);
   });
   return ffi::Error::Success();
 }
@@ -103,18 +106,17 @@ ffi::Error gated_product(ffi::ThreadPool pool, X x, ffi::Buffer<ffi::U32> panels
   if (!go_together(x, panels, y, 2 * outputs) || outputs % kPanel) return ffi::Error::InvalidArgument(kShapes);
   const Parts parts = parts_of(x, panels);
   const LaterPages pages(later, parts);
-  share_out(pool, num_panels, [=, weights = panels.typed_data(), to = y->typed_data(), &pages](int64_t at) {
-    Places places = pages.share(at, num_panels, 2 * parts.num * parts.num_words / kTogether);
+  const int64_t num = num_panels * parts.num;
+  share_out(pool, num, [=, weights = panels.typed_data(), to = y->typed_data(), &pages](int64_t task) {
+    const int64_t at = task / parts.num, part = task % parts.num, panel_words = parts.num_words * kPanel;
+    Places places = pages.share(task, num, 2 * parts.num_words / kTogether);
     float gates[kMostRows][kPanel], ups[kMostRows][kPanel];
-    for (int64_t part = 0; part < parts.num; part++) {
-      const int64_t panel_words = parts.num_words * kPanel;
-      parts.multiply_by<Kind>(weights + at * panel_words, part, gates[0], kPanel, kPanel, places);
-      parts.multiply_by<Kind>(weights + (num_panels + at) * panel_words, part, ups[0], kPanel, kPanel, places);
-      for (int64_t row = 0; row < parts.size(part); row++)
-        for (int64_t i = 0; i < kPanel; i += kLanes)
-          store_some(silu_of(load<Floats>(gates[row] + i)) * load<Floats>(ups[row] + i), kLanes,
-                     to + (parts.first(part) + row) * outputs + at * kPanel + i);
-    }
+    parts.multiply_by<Kind>(weights + at * panel_words, part, gates[0], kPanel, kPanel, places);
+    parts.multiply_by<Kind>(weights + (num_panels + at) * panel_words, part, ups[0], kPanel, kPanel, places);
+    for (int64_t row = 0; row < parts.size(part); row++)
+      for (int64_t i = 0; i < kPanel; i += kLanes)
+        store_some(silu_of(load<Floats>(gates[row] + i)) * load<Floats>(ups[row] + i), kLanes,
+                   to + (parts.first(part) + row) * outputs + at * kPanel + i);
   });
   return ffi::Error::Success();
 }

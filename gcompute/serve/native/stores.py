@@ -1,4 +1,8 @@
-"""New cells of a dispatch, written where they belong, on CPU."""
+"""New cells written to their pages, on CPU, in place.
+
+Tables [B, N] name the pages of B rows; of T new cells a row, at `positions`, the first `count` are stored. A cell whose
+position is past its table, or whose page is 0 or none, is dropped.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,37 +12,46 @@ from gcompute.serve.native.build import target
 
 
 def store(
-    cells_BKCH: Float[Array, "b k c h"],
-    new_BTKH: Float[Array, "b t k h"],
-    first_B: Int[Array, "b"],
+    pages: Array,
+    new_cells: Array,
+    tables_BN: Int[Array, "b n"],
+    positions_BT: Int[Array, "b t"],
+    count_B: Int[Array, "b"],
     suffix: str = "",
-) -> Float[Array, "b k c h"]:
-    """The cells, with `first` to `first + T` of each row from `new`, in place; what lies outside is dropped."""
-    result = jax.ShapeDtypeStruct(cells_BKCH.shape, jnp.float32)
+) -> Array:
+    """Pages [P, S, ...] with new cells [B, T, ...] of their dtype in them."""
+    result = jax.ShapeDtypeStruct(pages.shape, pages.dtype)
     call = jax.ffi.ffi_call(target("cells_store", suffix), result, input_output_aliases={0: 0})
-    return call(cells_BKCH, new_BTKH.astype(jnp.float32), first_B.astype(jnp.int32))
+    return call(pages, new_cells.astype(pages.dtype), *_int32(tables_BN, positions_BT, count_B))
 
 
 def place(
     joined_BTO: Float[Array, "b t o"],
     rotary: Float[Array, "2 b t half"] | None,
-    k_BKCH: Float[Array, "b k c h"],
-    v_BKCH: Float[Array, "b k c h"],
-    first_B: Int[Array, "b"],
+    k_PSKH: Array,
+    v_PSKH: Array,
+    tables_BN: Int[Array, "b n"],
+    positions_BT: Int[Array, "b t"],
+    count_B: Int[Array, "b"],
     *,
     heads: int,
     compute: jnp.dtype,
     suffix: str = "",
-) -> tuple[Float[Array, "b t n h"], Float[Array, "b k c h"], Float[Array, "b k c h"]]:
-    """Queries, and the cells with new keys and values as by `store`, of the product that has all heads side by side.
+) -> tuple[Float[Array, "b t n h"], Array, Array]:
+    """Queries, and pages of float32 or bfloat16's bits with new keys and values as by `store`.
 
-    Queries and keys are turned as by `model.layers.rotate`; keys and values are rounded to `compute`.
+    joined: the product that has all heads side by side. Queries and keys are turned as by `model.layers.rotate`; keys
+    and values are rounded to `compute`.
     """
     b, t, _ = joined_BTO.shape
-    cells = jax.ShapeDtypeStruct(k_BKCH.shape, jnp.float32)
-    results = (jax.ShapeDtypeStruct((b, t, heads, k_BKCH.shape[-1]), jnp.float32), cells, cells)
+    queries = jax.ShapeDtypeStruct((b, t, heads, k_PSKH.shape[-1]), jnp.float32)
+    results = (queries, *(jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (k_PSKH, v_PSKH)))
     call = jax.ffi.ffi_call(target("cells_place", suffix), results, input_output_aliases={2: 1, 3: 2})
     table = jnp.zeros(0, jnp.float32) if rotary is None else rotary.astype(jnp.float32)
-    first_B = first_B.astype(jnp.int32)
-    q_BTNH, k_BKCH, v_BKCH = call(joined_BTO, table, k_BKCH, v_BKCH, first_B, rounded=compute == jnp.bfloat16)
-    return q_BTNH, k_BKCH, v_BKCH
+    to = _int32(tables_BN, positions_BT, count_B)
+    q_BTNH, k_PSKH, v_PSKH = call(joined_BTO, table, k_PSKH, v_PSKH, *to, rounded=compute == jnp.bfloat16)
+    return q_BTNH, k_PSKH, v_PSKH
+
+
+def _int32(*arrays: Array) -> tuple[Array, ...]:
+    return tuple(array.astype(jnp.int32) for array in arrays)

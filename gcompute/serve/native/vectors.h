@@ -106,4 +106,13 @@ void share_out(ffi::ThreadPool pool, int64_t num, Work work) {
   }
 }
 
+// Calls work(0) ... work(num_rows - 1), some at a time: fewer are not worth another thread.
+template <typename Work>
+void share_out_rows(ffi::ThreadPool pool, int64_t num_rows, Work work) {
+  constexpr int64_t kRowsOfTask = 4;
+  share_out(pool, (num_rows + kRowsOfTask - 1) / kRowsOfTask, [=](int64_t task) {
+    for (int64_t row = task * kRowsOfTask; row < std::min(num_rows, (task + 1) * kRowsOfTask); row++) work(row);
+  });
+}
+
 }  // namespace
