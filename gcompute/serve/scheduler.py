@@ -130,7 +130,9 @@ class Scheduler:
             return work if work is not None else self._decode(decoding, few=False)
         # More could be read at once: let it wait for one step alone.
         pending = self._reading is not None or (bool(self._waiting) and self.num_free_slots > 0)
-        return self._decode(decoding, few=pending)
+        work = self._decode(decoding, few=pending)
+        # Where all that decoded gave way to what is read in another share, nothing else would wake that.
+        return work if work is not None else self._read_on([])
 
     def record_prefill(self, work: Prefill, token: int | None) -> None:
         """Note that a chunk was read, and what was chosen after the last."""

@@ -69,7 +69,7 @@ class PoolModel:
         """Do what comes next; None when nobody is alive."""
         running = set(self.scheduler.running)
         waiting = self.alive - running
-        num_decoding = len(self.decoding)
+        decoding = self.decoding
         work = self.scheduler.next_work()
         self.check()
         if work is None:
@@ -79,7 +79,8 @@ class PoolModel:
         if self._reading not in self.scheduler.running:
             self._reading = None
         self._check_order(work, waiting)
-        self._check_delay(work, num_decoding)
+        # Who gave way waits for its place, not for what is read.
+        self._check_delay(work, len(decoding & self.scheduler.running.keys()))
         self._check_worth(work, running - set(self.scheduler.running))
         if fails:
             self._fail(work)

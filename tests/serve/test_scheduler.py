@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -204,6 +205,30 @@ def test_shares_do_not_lend_and_a_request_goes_where_its_beginning_is():
 
 
 DETERMINISTIC = replace(LIMITS, slots=3, chunk=16, deterministic=True, swap=True)
+
+
+def test_reading_goes_on_where_all_that_decoded_gave_way():
+    """One that came back reads in the other share, while the only one that decodes has no page left."""
+    model = PoolModel(
+        Limits(
+            slots=4,
+            max_queue=9,
+            max_context=17,
+            decode_steps=2,
+            page=2,
+            num_pages=22,
+            chunk=2,
+            token_budget=3,
+            shares=2,
+        )
+    )
+    random = Random(1683)
+    for num_prompt, max_tokens, num_work in ((10, 4, 4), (2, 11, 1), (11, 4, 1), (3, 12, 4), (6, 6, 1)):
+        model.arrive([random.randrange(NUM_TOKENS) for _ in range(num_prompt)], max_tokens)
+        for _ in range(num_work):
+            model.work()
+    model.finish()
+    assert model.seen["recomputed"] > 0
 
 
 def test_deterministic_rows_of_one_dispatch_have_one_bucket_and_buckets_take_turns():
