@@ -78,7 +78,7 @@ def command(
         raise ValueError(f"{flag} is for the server of a checkpoint, and {server} runs already: leave it out.")
     if "://" not in server:
         # A checkpoint's server keeps them as the plan is told to count them.
-        both = (("weights", plan.weights), ("kv", plan.kv))
+        both = (("weights", plan.weights), ("kv", plan.kv or plan.weights))
         serve |= {name: dtype for name, dtype in both if dtype in QUANTIZED}
     ServeConfig(**serve)
     from rich.console import Console

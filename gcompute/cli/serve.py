@@ -55,6 +55,7 @@ def command(
     from gcompute.serve.engine import Engine
     from gcompute.serve.native.build import why_not
     from gcompute.serve.position import decode_roofline
+    from gcompute.serve.request import NotReady
     from gcompute.serve.server import serve
     from gcompute.serve.template import load_template
 
@@ -80,12 +81,16 @@ def command(
     if reason:
         notice(f"serving by XLA's own products, which are slower on CPU than gcompute's kernels: {reason}.")
     console.print(f"{model_name}: step {model.step}, compiling {len(engine.programs())} programs", highlight=False)
-    serve(
-        engine,
-        config,
-        model_name=model_name,
-        template=template,
-        api_key=api_key or None,
-        roofline=roofline,
-        announce=lambda url: console.print(f"serving {model_name} at {url} (Ctrl-C stops)", highlight=False),
-    )
+    try:
+        serve(
+            engine,
+            config,
+            model_name=model_name,
+            template=template,
+            api_key=api_key or None,
+            roofline=roofline,
+            announce=lambda url: console.print(f"serving {model_name} at {url} (Ctrl-C stops)", highlight=False),
+        )
+    except NotReady as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(f"the engine did not start: {reason}") from error

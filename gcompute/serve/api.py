@@ -13,7 +13,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -42,8 +42,12 @@ MAX_BODY_BYTES = 4 << 20
 # A body that is too large is read on this far, so that the client is done sending and hears why it was refused.
 DISCARDED_BODIES = 8
 
+# To a client that went away.
+UNREAD = Response(status_code=400)
+
 log = logging.getLogger(__name__)
 
+Handler = Callable[[Request], Awaitable[Response]]
 Parse = Callable[[bytes], Ask]
 
 
@@ -98,12 +102,12 @@ class _Api:
             routes=[
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
-                Route("/v1/models", self._models),
-                Route("/v1/models/{name:path}", self._one_model),
+                Route("/v1/models", self._with_key(self._models)),
+                Route("/v1/models/{name:path}", self._with_key(self._one_model)),
                 Route("/health", self._health),
                 Route("/metrics", self._render_metrics),
-                Route("/engine", self._engine_now),
-                Route("/engine/events", self._engine_events),
+                Route("/engine", self._with_key(self._engine_now)),
+                Route("/engine/events", self._with_key(self._engine_events)),
                 Route("/", self._page),
             ],
             exception_handlers={HTTPException: self._routing_error},
@@ -130,13 +134,16 @@ class _Api:
             streams = self._engine.submit_all(ask.requests)
             if ask.stream:
                 return EventStreamResponse(self._engine, ask, answer, streams, self._timeout_s)
-            async with cancelled_with_client(self._engine, streams, request.receive), asyncio.timeout(self._timeout_s):
+            following = cancelled_with_client(self._engine, streams, request.receive)
+            async with following as gone, asyncio.timeout(self._timeout_s):
                 done = await asyncio.gather(*map(_collect, streams))
+            if gone.is_set():
+                return UNREAD
             for each in done:
                 check_served(each)
             return _json(answer.whole(done))
         except ClientDisconnect:
-            return Response(status_code=400)  # nobody reads it
+            return UNREAD
         except Exception as error:
             return self._refuse(error)
 
@@ -144,9 +151,21 @@ class _Api:
         if self._api_key is None:
             return
         kind, _, given = request.headers.get("Authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._api_key.encode()):
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._api_key.encode()):
             message = "The API key is missing or wrong: send it as `Authorization: Bearer KEY`."
             raise HttpError(status=401, message=message, code="invalid_api_key")
+
+    def _with_key(self, handler: Handler) -> Handler:
+        """The handler behind the API key, its errors as answers."""
+
+        async def checked(request: Request) -> Response:
+            try:
+                self._check_key(request)
+                return await handler(request)
+            except (HttpError, NotReady) as error:
+                return self._refuse(error)
+
+        return checked
 
     def _refuse(self, error: Exception) -> Response:
         answer = http_error(error)
@@ -165,20 +184,12 @@ class _Api:
         )
 
     async def _models(self, request: Request) -> Response:
-        try:
-            self._check_key(request)
-        except HttpError as error:
-            return self._refuse(error)
         return _json({"object": "list", "data": [self._model()]})
 
     async def _one_model(self, request: Request) -> Response:
-        try:
-            self._check_key(request)
-        except HttpError as error:
-            return self._refuse(error)
         name = request.path_params["name"]
         if name != self._model_name:
-            return self._refuse(unknown_model(name, self._model_name))
+            raise unknown_model(name, self._model_name)
         return _json(self._model())
 
     def _model(self) -> dict[str, Any]:
@@ -200,18 +211,10 @@ class _Api:
         return Response(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _engine_now(self, request: Request) -> Response:
-        try:
-            self._check_key(request)
-        except HttpError as error:
-            return self._refuse(error)
         return _json(self._watch.look(), headers={"Cache-Control": "no-store"})
 
     async def _engine_events(self, request: Request) -> Response:
-        try:
-            self._check_key(request)
-            return self._watchers.response()
-        except (HttpError, NotReady) as error:
-            return self._refuse(error)
+        return self._watchers.response()
 
     async def _page(self, request: Request) -> Response:
         page = document()

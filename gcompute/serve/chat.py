@@ -75,8 +75,9 @@ def read_messages(fields: dict[str, Any]) -> list[Message]:
         where = f"messages[{index}]"
         if not isinstance(message, dict):
             raise RequestError(f"{where} must be an object, got {short(message)}.", param=where)
-        for name in message:
-            if name not in ("role", "content", "name"):
+        for name, value in message.items():
+            # An answer that is sent back has fields that are null: `refusal`, and others with other servers.
+            if name not in ("role", "content", "name") and value is not None:
                 raise RequestError(f"{where} has {short(name)!r}, which is not supported.", param=where)
         role = message.get("role")
         if role not in ROLES:

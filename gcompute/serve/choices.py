@@ -22,13 +22,15 @@ from gcompute.serve.stream import TokenLogprobs
 class Choices:
     """N tokens of each row, NO_TOKEN where none was chosen; log-probabilities are zero where no row asked for them.
 
-    drafted, accepted: how many tokens were proposed by speculation, and how many of those were chosen.
+    steps: how often the model's weights were read to decode. drafted, accepted: how many tokens were proposed by
+    speculation, and how many of those were chosen.
     """
 
     token: Int[Array, "b n"]
     logprob: Float[Array, "b n"]
     top_ids: Int[Array, "b n k"]
     top_logprobs: Float[Array, "b n k"]
+    steps: Int[Array, ""]
     drafted: Int[Array, ""]
     accepted: Int[Array, ""]
 
@@ -40,6 +42,7 @@ class Choices:
             logprob=jnp.zeros((rows, steps), jnp.float32),
             top_ids=jnp.zeros((rows, steps, k), jnp.int32),
             top_logprobs=jnp.zeros((rows, steps, k), jnp.float32),
+            steps=jnp.int32(0),
             drafted=jnp.int32(0),
             accepted=jnp.int32(0),
         )

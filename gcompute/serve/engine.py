@@ -270,7 +270,8 @@ class Engine:
                     log.exception("a dispatch failed: %s", work)
                     self._recover(work, error)
         except Exception as error:
-            log.exception("the engine stopped")
+            if self._status is not Status.LOADING:  # Or whoever waits for it is told.
+                log.exception("the engine stopped")
             with self._wake:
                 self._status, self._failure = Status.FAILED, error
                 for output in list(self._outputs.values()):
@@ -343,15 +344,14 @@ class Engine:
             for at, row in enumerate(work.rows)
             if row is not None
         }
-        num_steps = max(len(tokens) for tokens, _ in chosen.values())
+        num_steps, num_tokens = int(choices.steps), sum(len(tokens) for tokens, _ in chosen.values())
         with self._wake:
-            self._counts["decode_steps"] += num_steps
-            self._counts["drafted"] += int(choices.drafted)
-            self._counts["accepted"] += int(choices.accepted)
+            self._counts.update(decode_steps=num_steps, drafted=int(choices.drafted), accepted=int(choices.accepted))
             for request_id, (tokens, _) in chosen.items():
                 self._scheduler.record_decode(request_id, tokens)
             cells = sum(self._scheduler.running[request_id].cached for request_id in chosen) // len(chosen)
-            self._last = LastDecode(rows=len(chosen), cells=cells, step_s=took_s / num_steps)
+            of_all = {"step_s": took_s / num_steps, "tokens_per_s": num_tokens / took_s}
+            self._last = LastDecode(rows=len(chosen), cells=cells, **of_all)
         for request_id, (tokens, logprobs) in chosen.items():
             self._deliver(request_id, tokens, logprobs)
 

@@ -7,14 +7,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from gcompute.serve.engine import Engine
-from gcompute.serve.stream import Finished
+from gcompute.serve.stream import SERVED, Finished, Reason
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# With which calls are usually refused.
+STATUSES = (400, 401, 404, 408, 413, 429, 500, 503)
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """Gauges and counters read from the engine when they are asked for; times observed as requests finish."""
+    """Gauges and counters read from the engine when they are asked for; times observed as requests are served."""
 
     def __init__(self, engine: Engine):
         self.registry = CollectorRegistry()
@@ -23,6 +25,11 @@ class Metrics:
         self._rejected = Counter(
             "gcompute_rejected", "calls refused, by HTTP status", ["status"], registry=self.registry
         )
+        # Rates miss the first event of a series that was not there before it.
+        for reason in Reason:
+            self._requests.labels(reason.value)
+        for status in STATUSES:
+            self._rejected.labels(str(status))
         self._queued_s = self._histogram("gcompute_queue_seconds", "from arrival to a slot")
         self._first_token_s = self._histogram("gcompute_time_to_first_token_seconds", "from arrival to the first token")
         self._per_token_s = self._histogram("gcompute_time_per_output_token_seconds", "between tokens after the first")
@@ -42,6 +49,9 @@ class Metrics:
 
     def _finished(self, event: Finished) -> None:
         self._requests.labels(event.reason.value).inc()
+        if event.reason not in SERVED:
+            # One that was cut short is no example of how long requests take.
+            return
         self._total_s.observe(event.timing.total_s)
         per_token_s = event.timing.per_token_s(event.usage.completion_tokens)
         for histogram, seconds in (
@@ -64,7 +74,10 @@ class _EngineCollector(Collector):
             "running": (stats.num_running, "requests in a slot"),
             "waiting": (stats.num_waiting, "requests in the queue"),
             "kv_cells": (stats.num_cells, "tokens that the key/value cache can hold"),
-            "kv_cells_used": (stats.num_cells_used, "tokens of running requests in the key/value cache"),
+            "kv_cells_used": (
+                stats.num_cells_used,
+                "tokens of running requests in the key/value cache, those they share in each",
+            ),
             "kv_pages": (stats.num_pages, "pages of the key/value cache"),
             "kv_pages_free": (stats.num_pages_free, "pages that hold nothing"),
             "kv_pages_cached": (stats.num_pages_cached, "pages that no request holds and a prefix may find"),

@@ -39,6 +39,7 @@ def observe(
         decode_batch=last.rows,
         decode_cells=last.cells,
         last_decode_step_s=last.step_s,
+        decode_tokens_per_s=last.tokens_per_s,
     )
 
 

@@ -47,9 +47,11 @@ def read_object(body: bytes, *, known: tuple[str, ...], neutral: Neutral) -> dic
     if not isinstance(fields, dict):
         raise RequestError("The body must be a JSON object.", code="invalid_json")
     for name, value in fields.items():
+        if value is None:
+            continue
         if name not in known and name not in neutral:
             raise RequestError(f"Unknown parameter: {short(name)!r}. {nearest(short(name), known)}", param=short(name))
-        if name in neutral and value is not None and not _is_neutral(value, neutral[name]):
+        if name in neutral and not _is_neutral(value, neutral[name]):
             raise RequestError(f"{name} is not supported by this server: leave it out.", param=name)
     return fields
 

@@ -113,19 +113,21 @@ class DecodeRoofline:
         return [self.chip.figures[name] for name in names if name in self.chip.figures]
 
 
-def decode_roofline(model: ModelConfig, serve: ServeConfig, chip: Chip) -> DecodeRoofline:
-    """The roofline of a served model on one device of `chip`.
+def decode_roofline(model: ModelConfig, serve: ServeConfig, chip: Chip) -> DecodeRoofline | None:
+    """The roofline of a served model on one device of `chip`; None on a mesh, whose batch is not one device's.
 
     Raises:
       ValueError: the chip has no peak for the served precision.
     """
+    if serve.mesh is not None:
+        return None
     run = ServeRun(
         model=architecture(model),
         prompt=1,
         output=1,
         context=serve.max_context or model.context,
-        weights=serve.precision,
-        cache=serve.precision,
+        weights=serve.weights or serve.precision,
+        cache=serve.kv or serve.precision,
         compute=serve.precision,
     )
     return DecodeRoofline(run, Target(chip=chip.name, shape=(1,), known=chip))

@@ -144,7 +144,7 @@ def decode(
         return step + 1, advance(rows, token_B[:, None], active_B.astype(jnp.int32)), cache, choices
 
     choices = Choices.empty(slots_B.shape[0], steps, shape.model.vocab)
-    _, rows, cache, choices = jax.lax.while_loop(more, take_step, (jnp.int32(0), rows, cache, choices))
+    taken, rows, cache, choices = jax.lax.while_loop(more, take_step, (jnp.int32(0), rows, cache, choices))
     count_B = jnp.where(first.active, rows.length - first.length, 0)
     pool = put_back(
         state.pool,
@@ -155,7 +155,7 @@ def decode(
         num_cells=steps,
         shares=shares,
     )
-    return replace(state, pool=pool, rows=put_rows(state.rows, slots_B, rows)), choices
+    return replace(state, pool=pool, rows=put_rows(state.rows, slots_B, rows)), replace(choices, steps=taken)
 
 
 def advance(rows: Rows, tokens_BT: Int[Array, "b t"], count_B: Int[Array, "b"]) -> Rows:

@@ -17,7 +17,7 @@ from gcompute.serve.parameters import (
     read_stream_options,
     short,
 )
-from gcompute.serve.reports import completions_logprobs
+from gcompute.serve.reports import TextOffsets, completions_logprobs
 from gcompute.serve.request import MAX_STOP_TOKENS, Request, RequestError, Sampling, check_fits
 from gcompute.serve.stream import Completion, Finished, Tokens, Usage
 
@@ -125,7 +125,12 @@ def make_ask(
         sampling = read_sampling(fields, max_tokens=room, logprobs=reported)
         if more_stop is not None and not sampling.stop:
             sampling = replace(sampling, stop=(more_stop,))
-        if more_end is not None and not sampling.ignore_eos and len(sampling.stop_token_ids) < MAX_STOP_TOKENS:
+        if more_end is not None and not sampling.ignore_eos:
+            if len(sampling.stop_token_ids) == MAX_STOP_TOKENS:
+                message = (
+                    f"stop_token_ids holds {MAX_STOP_TOKENS}; the most is one less, as the template's own ends too."
+                )
+                raise RequestError(message, param="stop_token_ids")
             sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, more_end))
         check_fits(Request(prompt=ids, sampling=sampling), vocab=engine.config.vocab, max_context=engine.max_context)
         requests += [Request(prompt=ids, sampling=_reseeded(sampling, choice)) for choice in range(each)]
@@ -183,8 +188,7 @@ class Answer:
         self._ask = ask
         self._engine = engine
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": ask.model}
-        # Where the next token's text begins in each choice.
-        self._offsets = [len(echo) for echo in ask.echoes]
+        self._offsets = [TextOffsets(len(echo)) for echo in ask.echoes]
 
     def whole(self, done: Sequence[Completion]) -> dict[str, Any]:
         """The answer that the completions of all requests make."""
@@ -236,8 +240,7 @@ class Answer:
     def _logprobs(self, index: int, reports: Sequence[Any]) -> dict[str, Any] | None:
         if not self._ask.logprobs:
             return None
-        body, self._offsets[index] = completions_logprobs(reports, self._engine.spell, self._offsets[index])
-        return body
+        return completions_logprobs(reports, self._engine.spell, self._offsets[index])
 
 
 def _mean_logprob(done: Completion) -> float:

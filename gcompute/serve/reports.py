@@ -1,5 +1,6 @@
 """Log-probabilities in OpenAI's two shapes, that of completions and that of chat."""
 
+import codecs
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,22 +11,37 @@ Spell = Callable[[int], bytes]
 LEAST = -9999.0
 
 
-def completions_logprobs(reports: Sequence[TokenLogprobs], spell: Spell, offset: int) -> tuple[dict[str, Any], int]:
-    """Four parallel lists, and the offset at which the next token's text begins."""
-    tokens, offsets = [], []
-    for one in reports:
-        tokens.append(token_text(spell(one.token)))
-        offsets.append(offset)
-        offset += len(spell(one.token).decode(errors="replace"))
-    body = {
-        "tokens": tokens,
+class TextOffsets:
+    """Where each token's text begins; a token that goes on with a character begins where that does."""
+
+    def __init__(self, first: int):
+        self._at = first
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next(self, spelled: bytes) -> int:
+        """Of the next token."""
+        if spelled and not 0x80 <= spelled[0] < 0xC0:
+            # What came before goes on no further: it is shown as a character that is none.
+            self._at += len(self._decoder.decode(b"", final=True))
+        at = self._at
+        self._at += len(self._decoder.decode(spelled))
+        return at
+
+
+def completions_logprobs(reports: Sequence[TokenLogprobs], spell: Spell, offsets: TextOffsets) -> dict[str, Any]:
+    """Four parallel lists; the chosen token is among the likeliest, as one more if it is not one of them."""
+
+    def likeliest(one: TokenLogprobs) -> dict[str, float]:
+        return {
+            token_text(spell(token)): max(logprob, LEAST) for token, logprob in (*one.top, (one.token, one.logprob))
+        }
+
+    return {
+        "tokens": [token_text(spell(one.token)) for one in reports],
         "token_logprobs": [max(one.logprob, LEAST) for one in reports],
-        "top_logprobs": [
-            {token_text(spell(token)): max(logprob, LEAST) for token, logprob in one.top} for one in reports
-        ],
-        "text_offset": offsets,
+        "top_logprobs": [likeliest(one) for one in reports],
+        "text_offset": [offsets.next(spell(one.token)) for one in reports],
     }
-    return body, offset
 
 
 def chat_logprobs(reports: Sequence[TokenLogprobs], spell: Spell) -> dict[str, Any]:

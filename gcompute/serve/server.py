@@ -19,6 +19,8 @@ from gcompute.serve.template import ChatTemplate
 from gcompute.serve.watchers import Watchers
 
 BACKLOG = 1024
+# So long a server that closes waits for clients to take answers that are ready.
+STALLED_S = 10.0
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -59,13 +61,26 @@ class _Server(uvicorn.Server):
     Nor does it wait for those who watch the engine: they would stay for ever.
     """
 
-    def __init__(self, config: uvicorn.Config, watchers: Watchers):
+    def __init__(self, config: uvicorn.Config, engine: Engine, watchers: Watchers):
         super().__init__(config)
+        self._engine = engine
         self._watchers = watchers
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._watchers.close()
-        await super().shutdown(sockets)
+        waiting = asyncio.create_task(self._give_up())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            waiting.cancel()
+
+    async def _give_up(self) -> None:
+        """Once all requests have ended, their clients have so long to take what is left for them."""
+        while (stats := self._engine.stats()).num_running or stats.num_waiting:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(STALLED_S)
+        for connection in self.server_state.connections:
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -91,6 +106,7 @@ def _make_server(
     )
     return _Server(
         uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, backlog=BACKLOG),
+        engine,
         app.state.watchers,
     )
 

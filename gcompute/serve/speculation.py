@@ -143,7 +143,7 @@ def speculate(
 
     choices = Choices.empty(b, rounds * t, shape.model.vocab)
     carry = (jnp.int32(0), rows, cache, draft_cache, choices, jnp.zeros(b, jnp.int32))
-    _, rows, cache, draft_cache, choices, _ = jax.lax.while_loop(more, take_round, carry)
+    taken, rows, cache, draft_cache, choices, _ = jax.lax.while_loop(more, take_round, carry)
     count_B = jnp.where(first.active, rows.length - first.length, 0)
     back = partial(
         put_back,
@@ -158,7 +158,8 @@ def speculate(
         assert draft_cache is not None
         draft_pool = back(draft_pool, draft_cache)
     rows = put_rows(state.rows, slots_B, rows)
-    return EngineState(pool=back(state.pool, cache), draft_pool=draft_pool, rows=rows), choices
+    state = EngineState(pool=back(state.pool, cache), draft_pool=draft_pool, rows=rows)
+    return state, replace(choices, steps=taken)
 
 
 def _with_drafts(rows: Rows, drafts_BK: Array) -> Array:

@@ -42,18 +42,20 @@ class EventStreamResponse(Response):
             await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
 
         async with cancelled_with_client(self._engine, self._streams, receive):
+            end = {"type": "http.response.body", "body": b"", "more_body": False}
             try:
                 async with asyncio.timeout(self._timeout_s):
                     await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                     async for data in self._events():
                         await put(data)
+                    await send(end)
             except TimeoutError as error:
                 for stream in self._streams:
                     self._engine.cancel(stream)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LAST_WORDS_S):
                         await put(dump(http_error(error).body()))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                        await send(end)
 
     async def _events(self) -> AsyncIterator[bytes]:
         for chunk in self._answer.opening():
@@ -83,25 +85,32 @@ class EventStreamResponse(Response):
 @asynccontextmanager
 async def cancelled_with_client(
     engine: Engine, streams: Sequence[EventStream], receive: Receive
-) -> AsyncIterator[None]:
-    """Cancel what still runs when the client disconnects, or when the block is left for any reason."""
+) -> AsyncIterator[asyncio.Event]:
+    """Cancel what still runs when the client disconnects, which sets the event, or when the block is left."""
+    gone = asyncio.Event()
 
     def cancel() -> None:
         for stream in streams:
             engine.cancel(stream)
 
     async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await until_gone(receive)
+        gone.set()
         cancel()
 
     watcher = asyncio.create_task(watch())
     try:
-        yield
+        yield gone
     finally:
         cancel()
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
+
+
+async def until_gone(receive: Receive) -> None:
+    """Return when the client has disconnected."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _merge(streams: Sequence[EventStream]) -> AsyncIterator[tuple[int, Event]]:

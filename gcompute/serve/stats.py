@@ -29,11 +29,15 @@ class SlotStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LastDecode:
-    """The last decode dispatch: its requests, the mean of their cells, and seconds a step as measured."""
+    """The last decode dispatch: its requests, the mean of their cells, seconds a step and tokens a second, as measured.
+
+    A step of speculation gives a request several tokens.
+    """
 
     rows: int = 0
     cells: int = 0
     step_s: float = 0.0
+    tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +49,7 @@ class EngineStats:
     request needs and a later one may find. num_prompt_tokens counts whole prompts, num_hit_tokens those of them that
     were found in cached pages. num_drafted, num_accepted: tokens guessed, and guessed right.
     decode_batch, decode_cells: requests of the last decode dispatch, and the cells that each attended to on average;
-    last_decode_step_s: its seconds over its steps.
+    last_decode_step_s: its seconds over its steps; decode_tokens_per_s: the tokens that it made a second.
     """
 
     status: Status
@@ -73,3 +77,4 @@ class EngineStats:
     decode_batch: int = 0
     decode_cells: int = 0
     last_decode_step_s: float = 0.0
+    decode_tokens_per_s: float = 0.0

@@ -1,6 +1,7 @@
 """What the engine answers: the events of one request, the stream that carries them, and the text in them."""
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
@@ -10,6 +11,8 @@ from typing import Protocol
 
 from gcompute.serve.request import Request
 
+log = logging.getLogger(__name__)
+
 
 class Reason(StrEnum):
     """Why a request ended: STOP is the end-of-text token or a stop string, LENGTH its max_tokens."""
@@ -18,6 +21,10 @@ class Reason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
+
+
+# Why requests end that ran to their end.
+SERVED = (Reason.STOP, Reason.LENGTH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,10 +281,17 @@ class Output:
         return reason
 
     def finish(self, reason: Reason, now_s: float, error: str | None = None) -> Finished:
-        """Put out the last event, with the text that was held back unless a stop string or an error cut it off."""
+        """Put out the last event, with the text that was held back unless a stop string or an error cut it off.
+
+        Text that cannot be made makes it an error.
+        """
         tail = ""
-        if self._decoder is not None and reason in (Reason.STOP, Reason.LENGTH):
-            tail = self._finder.push(self._decoder.flush()) + self._finder.flush()
+        if self._decoder is not None and reason in SERVED:
+            try:
+                tail = self._finder.push(self._decoder.flush()) + self._finder.flush()
+            except Exception as failure:
+                log.exception("request %d: its last text could not be made", self.stream.request_id)
+                reason, error = Reason.ERROR, f"the output could not be decoded: {failure}"
         event = Finished(
             reason=reason,
             text=tail,

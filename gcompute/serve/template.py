@@ -12,14 +12,16 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from gcompute.model.tokenizer import Tokenizer
 
 CONFIG = "tokenizer_config.json"
-# A private character put into special tokens that a message spells out, and taken out before encoding.
+# Special tokens that a message spells out are numbers between two private characters until they are encoded as text.
 MARK = "\uf8ff"
+MARKED = re.compile(f"{MARK}([0-9]+){MARK}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +71,22 @@ class JinjaTemplate:
 
     def __init__(self, source: str, variables: dict[str, Any]):
         import jinja2  # pyright: ignore[reportMissingImports]
+        from jinja2.ext import Extension  # pyright: ignore[reportMissingImports]
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # pyright: ignore[reportMissingImports]
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        class Generation(Extension):
+            """What lies between `generation` and `endgeneration`, which matters to who trains on it, as it is."""
+
+            tags: ClassVar[set[str]] = {"generation"}
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        extensions = ["jinja2.ext.loopcontrols", Generation]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         try:
             self._template = environment.from_string(source)
@@ -83,10 +97,14 @@ class JinjaTemplate:
 
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[int, ...]:
         specials = tokenizer.special_tokens
-        plain = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
+        names = sorted(specials, key=len, reverse=True)
+        plain = re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
         def marked(content: str) -> str:
-            return plain.sub(lambda found: found[0][0] + MARK + found[0][1:], content.replace(MARK, ""))
+            return plain.sub(lambda found: f"{MARK}{names.index(found[0])}{MARK}", content.replace(MARK, ""))
+
+        def ids_of(text: str) -> Sequence[int]:
+            return tokenizer.encode(MARKED.sub(lambda found: names[int(found[1])], text))
 
         turns = [{"role": message.role, "content": marked(message.content)} for message in messages]
         try:
@@ -96,9 +114,9 @@ class JinjaTemplate:
         ids: list[int] = []
         start = 0
         for found in plain.finditer(text):
-            ids += [*tokenizer.encode(text[start : found.start()].replace(MARK, "")), specials[found[0]]]
+            ids += [*ids_of(text[start : found.start()]), specials[found[0]]]
             start = found.end()
-        return (*ids, *tokenizer.encode(text[start:].replace(MARK, "")))
+        return (*ids, *ids_of(text[start:]))
 
 
 def _refuse(message: str) -> None:

@@ -14,13 +14,12 @@ from typing import Any
 
 from gcompute.serve.position import DecodeRoofline, position_json
 from gcompute.serve.stats import EngineStats
-from gcompute.serve.stream import Finished, Reason
+from gcompute.serve.stream import SERVED, Finished
 
 # Rates are over about so long, of samples at least this far apart; older ones say nothing about now.
 WINDOW_S, SPACING_S, STALE_S = 2.0, 0.1, 6.0
 # Requests whose times the percentiles are of.
 RECENT = 128
-SERVED = (Reason.STOP, Reason.LENGTH)
 COUNTERS = (
     *("num_output_tokens", "num_prompt_tokens", "num_hit_tokens", "num_decode_steps", "num_dispatches"),
     *("num_preemptions", "num_drafted", "num_accepted", "num_late_compilations"),
@@ -121,7 +120,7 @@ class Watch:
             "live": any(slot.phase == "decode" for slot in stats.running),
             "batch": batch,
             "cells": cells,
-            "measured": {"step_s": step_s, "tokens_per_s": batch / step_s} if known else None,
+            "measured": {"step_s": step_s, "tokens_per_s": stats.decode_tokens_per_s} if known else None,
             "predicted": None,
             "path": [],
         }

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from gcompute.serve.errors import RETRY_AFTER_S, HttpError
 from gcompute.serve.request import NotReady
+from gcompute.serve.sse import until_gone
 
 PERIOD_S = 0.25
 MAX_WATCHERS = 32
@@ -97,7 +98,7 @@ class _WatchResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.create_task(self._send(send))
-        leaving = asyncio.create_task(_until_gone(receive))
+        leaving = asyncio.create_task(until_gone(receive))
         try:
             await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -115,8 +116,3 @@ class _WatchResponse(Response):
         finally:
             await snapshots.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -231,6 +231,8 @@ def test_a_directory_that_is_no_checkpoint(gcompute: Command, tmp_path: Path):
     ("given", "kept"),
     [
         (("--weights", "int8", "--kv", "int8", "--slots", "2"), {"weights": "int8", "kv": "int8", "slots": 2}),
+        (("--weights", "int8"), {"weights": "int8", "kv": "int8"}),
+        (("--weights", "int8", "--kv", "bfloat16"), {"weights": "int8"}),
         (("--weights", "bfloat16"), {}),
     ],
 )

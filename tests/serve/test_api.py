@@ -120,6 +120,8 @@ def test_a_client_that_disconnects_frees_its_slots(url, engine, gate, monkeypatc
         cancelled.set()
 
     monkeypatch.setattr(engine, "cancel", cancel)
+    refused = httpx.get(f"{url}/metrics", trust_env=False).text.count('gcompute_rejected_total{status="503"} 0.0')
+    assert refused == 1
     body = {"prompt": "a", "max_tokens": 60, "ignore_eos": True, "n": 4, "stream": streamed}
     content = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n"
@@ -137,6 +139,8 @@ def test_a_client_that_disconnects_frees_its_slots(url, engine, gate, monkeypatc
     wait_until(engine, lambda: engine.stats().num_running == engine.stats().num_waiting == 0)
     assert engine._scheduler.num_free_slots == 3
     assert len(engine.generate(["after"], Sampling(max_tokens=3, ignore_eos=True))[0].ids) == 3
+    # Nobody was refused: who asked has left.
+    assert 'gcompute_rejected_total{status="503"} 0.0' in httpx.get(f"{url}/metrics", trust_env=False).text
 
 
 def test_a_full_queue_is_a_429_and_the_accepted_finish(http, engine, gate, wait_until):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any, ClassVar, cast
 
 import httpx
 import pytest
@@ -9,8 +10,11 @@ from openai_calls import GREEDY, LOCAL, chunks_of, complete, error_of, metric
 
 from gcompute.config.serve import ServeConfig
 from gcompute.model.tokenizer import Tokenizer
-from gcompute.serve.request import Sampling
+from gcompute.serve.chat import parse_chat
+from gcompute.serve.reports import TextOffsets, completions_logprobs
+from gcompute.serve.request import RequestError, Sampling
 from gcompute.serve.server import background
+from gcompute.serve.stream import TokenLogprobs
 from gcompute.serve.template import MARK, JinjaTemplate, Message, PlainTemplate, load_template
 
 HELLO = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
@@ -121,14 +125,43 @@ def test_logprobs_of_a_completion(http, engine, tokenizer):
         assert len(tops) == 3
         # Greedy: the likeliest is the one chosen.
         assert max(tops.values()) == pytest.approx(one.logprob)
-    assert report["text_offset"] == list(range(12))
+    for token, offset in zip(report["tokens"], report["text_offset"], strict=True):
+        assert body["text"][offset] == (token if token.isascii() and len(token) == 1 else "\ufffd")
     response = http.post("/v1/completions", json={"prompt": "once", "logprobs": 3, "stream": True, **GREEDY})
     joined: dict[str, list] = {name: [] for name in report}
     for chunk in chunks_of(response.text)[:-1]:
         for name, values in (chunk["choices"][0]["logprobs"] or {}).items():
             joined[name] += values
     assert joined == report
-    assert complete(http, prompt="once", logprobs=0, **GREEDY)["choices"][0]["logprobs"]["top_logprobs"] == [{}] * 12
+    none = complete(http, prompt="once", logprobs=0, **GREEDY)["choices"][0]["logprobs"]["top_logprobs"]
+    assert none == [dict([likeliest]) for likeliest in zip(report["tokens"], report["token_logprobs"], strict=True)]
+
+
+def test_the_chosen_token_is_among_the_likeliest_and_offsets_count_characters():
+    spelled = [b"a", b"\xc3", b"\xa9", b"\xc3", b"c", b"b"]
+    reports = [TokenLogprobs(token=at, logprob=-5.0, top=((5, -0.5),)) for at in range(5)]
+    told = completions_logprobs(reports, spelled.__getitem__, TextOffsets(2))
+    assert told["tokens"] == ["a", "bytes:\\xc3", "bytes:\\xa9", "bytes:\\xc3", "c"]
+    assert told["top_logprobs"] == [{"b": -0.5, token: -5.0} for token in told["tokens"]]
+    # Both bytes of the character begin where it does; the next is no character, but is shown as one.
+    assert told["text_offset"] == [2, 3, 3, 4, 5]
+
+
+def test_what_asks_for_nothing_is_accepted_whatever_its_name(http):
+    found = chat(http, reasoning_effort=None, messages=[{**HELLO[0], "tool_calls": None, "refusal": None}])
+    assert found["choices"][0]["message"] == chat(http, messages=HELLO[:1])["choices"][0]["message"]
+
+
+def test_a_chat_that_leaves_no_room_for_the_templates_own_end(http, engine, tokenizer, tmp_path):
+    pytest.importorskip("jinja2")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML, "eos_token": "<|endoftext|>"}))
+    template = load_template(tmp_path, pytest.fail)
+    body = {"model": "tiny", "messages": HELLO[:1], "max_tokens": 4, "stop_token_ids": list(range(16))}
+    with pytest.raises(RequestError, match="one less"):
+        parse_chat(json.dumps(body).encode(), engine=engine, model_name="tiny", template=template)
+    fits = {**body, "stop_token_ids": list(range(15))}
+    (request,) = parse_chat(json.dumps(fits).encode(), engine=engine, model_name="tiny", template=template).requests
+    assert request.sampling.stop_token_ids == (*range(15), tokenizer.end_of_text)
 
 
 def test_logprobs_of_a_chat(http):
@@ -255,6 +288,27 @@ def test_a_jinja_template_is_rendered_and_no_message_forges_its_tokens(tmp_path,
         template.encode([Message(role="developer", content="x")], tokenizer)
     with pytest.raises(ValueError, match="does not parse"):
         JinjaTemplate("{% for %}", {})
+
+
+def test_what_templates_of_published_models_use():
+    pytest.importorskip("jinja2")
+    source = (
+        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }};{% endfor %}"
+        "{% generation %}{{ messages[2].content }}{% endgeneration %}{{ strftime_now('%Y') | length }}"
+    )
+
+    class Spelling:
+        """Characters are their code points; one of them is also a special token."""
+
+        special_tokens: ClassVar = {"#": 1000}
+
+        def encode(self, text: str) -> list[int]:
+            return [ord(character) for character in text]
+
+    messages = [Message(role="user", content=text) for text in ("a", "#b", "c")]
+    ids = JinjaTemplate(source + "#", {}).encode(messages, cast(Any, Spelling()))
+    # Only the template's own is special.
+    assert ids == (*map(ord, "a;#b;c4"), 1000)
 
 
 def test_tokens_are_spelled_as_bytes(tokenizer):

@@ -173,12 +173,19 @@ def test_output_that_cannot_be_decoded_ends_its_own_request_alone(engine, params
                 raise KeyError("forced")
             return super().push(token_id)
 
+        def flush(self):
+            if self is made[2]:
+                raise KeyError("forced at last")
+            return super().flush()
+
     monkeypatch.setattr(engine_module, "StreamDecoder", Fails)
     caplog.set_level(logging.CRITICAL)
-    done = engine.generate([(1,), (2,), (3,)], GREEDY)
-    assert [each.reason for each in done] == [Reason.LENGTH, Reason.ERROR, Reason.LENGTH]
+    done = engine.generate([(1,), (2,), (3,), (4,)], GREEDY)
+    assert [each.reason for each in done] == [Reason.LENGTH, Reason.ERROR, Reason.ERROR, Reason.LENGTH]
     assert "forced" in done[1].error
-    assert done[2].ids == solo_greedy(params, config, (3,), 20)
+    assert "forced at last" in done[2].error
+    for at in (0, 3):
+        assert done[at].ids == solo_greedy(params, config, (at + 1,), 20)
 
 
 def test_a_failed_prefill_ends_its_own_request_and_a_lost_state_those_that_ran(

@@ -4,17 +4,12 @@ import gc
 import json
 import logging
 import random
-import signal
 import socket
 import struct
-import subprocess
-import sys
-import textwrap
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import jax
 import pytest
 from openai_calls import GREEDY, chunks_of, complete, metric
@@ -334,51 +329,3 @@ def test_lost_device_state_ends_what_ran_and_what_waited_is_served(http, engine,
     assert [answer.status_code for answer in answers].count(500) in (1, 2, 3)
     assert {a.json()["choices"][0]["text"] for a in answers if a.status_code == 200} == {expected}
     check_all_free(engine, wait_until)
-
-
-SERVER = """
-    import sys
-    sys.path.insert(0, {tests!r})
-    from conftest import CONFIG, SERVE
-    import jax
-    from gcompute.model.tokenizer import Tokenizer
-    from gcompute.model.transformer import init
-    from gcompute.serve.engine import Engine
-    from gcompute.serve.server import serve
-
-    engine = Engine(init(CONFIG, jax.random.key(0)), CONFIG, Tokenizer.from_spec("byte", list), SERVE)
-    serve(engine, SERVE, model_name="tiny", announce=lambda url: print(url, flush=True))
-    print(engine.stats().status, engine.stats().num_running, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_sigterm_under_load_finishes_what_was_accepted_in_a_process_of_its_own():
-    script = textwrap.dedent(SERVER).format(tests=str(__file__).rsplit("/", 1)[0])
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    url = process.stdout.readline().strip()
-    body = {"prompt": "a", "max_tokens": 60, "ignore_eos": True, "stream": True}
-    begun = [threading.Event() for _ in range(7)]
-
-    def follow(index: int) -> list:
-        lines = []
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60, trust_env=False) as response:
-            assert response.status_code == 200
-            begun[index].set()
-            lines += [line for line in response.iter_lines() if line]
-        return lines
-
-    with ThreadPoolExecutor(7) as pool:
-        followed = [pool.submit(follow, index) for index in range(7)]
-        for one in begun:
-            assert one.wait(60)
-        process.send_signal(signal.SIGTERM)
-        for future in followed:
-            lines = future.result()
-            assert lines[-1] == "data: [DONE]"
-            made = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-            assert made[-1]["choices"][0]["finish_reason"] == "length"
-    assert process.wait(60) == 0
-    assert process.stdout.read().split() == ["closed", "0"]
-    process.stdout.close()

@@ -92,6 +92,16 @@ def test_a_chat_whole_and_streamed(client):
     assert (last.choices, last.usage) == ([], whole.usage)
 
 
+def test_an_answer_is_sent_back_as_it_came(client):
+    said = [{"role": "user", "content": "hi"}]
+    short = {**SHORT, "max_tokens": 3}
+    first = client.chat.completions.create(messages=said, **short).choices[0].message
+    again = {"role": "user", "content": "go on"}
+    found = client.chat.completions.create(messages=[*said, first, again], **short)
+    plain = [*said, {"role": "assistant", "content": first.content}, again]
+    assert found.choices[0].message == client.chat.completions.create(messages=plain, **short).choices[0].message
+
+
 def test_a_chat_with_its_newer_name_of_max_tokens_and_logprobs(client):
     rest = {name: value for name, value in SHORT.items() if name != "max_tokens"}
     done = client.chat.completions.create(

@@ -1,5 +1,7 @@
 """The decode batch on its roofline, against the textbook's formulae on a model small enough to count by hand."""
 
+import dataclasses
+
 import pytest
 
 from gcompute.config.presets import PRESETS
@@ -103,6 +105,13 @@ def test_position_json_is_plain_numbers(roofline):
     body = position_json(roofline.at(8, 100))
     assert body["batch"] == 8
     assert body["tokens_per_s"] == pytest.approx(8 / body["step_s"])
+
+
+def test_what_is_served_in_int8_is_counted_so_and_a_mesh_is_not_one_device(roofline):
+    chip = find_chip("v5e")
+    int8 = decode_roofline(MODEL, dataclasses.replace(SERVE, weights="int8", kv="int8"), chip)
+    assert int8.at(1, 100).moved_bytes == pytest.approx(roofline.at(1, 100).moved_bytes / 2, rel=0.05)
+    assert decode_roofline(MODEL, dataclasses.replace(SERVE, mesh="tensor=2"), chip) is None
 
 
 def test_devices_without_figures_are_refused(roofline):

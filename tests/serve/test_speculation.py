@@ -85,6 +85,18 @@ def test_greedy_output_is_that_of_decoding_alone(speculating, tiny):
     assert stats.num_late_compilations == 0
 
 
+def test_a_step_is_one_reading_of_the_weights_however_many_tokens_it_gives(speculating):
+    before = speculating.stats()
+    (done,) = speculating.generate([(1, 2) * 6], Sampling(max_tokens=15, temperature=0))
+    after = speculating.stats()
+    num_steps = after.num_decode_steps - before.num_decode_steps
+    accepted = after.num_accepted - before.num_accepted
+    # The first token is the prompt's; a step gives those that were accepted and one more.
+    assert len(done.ids) - 1 == num_steps + accepted
+    assert accepted > 0
+    assert after.decode_tokens_per_s * after.last_decode_step_s > 1
+
+
 def test_sampled_output_is_that_of_plain_decoding(speculating, plain):
     prompts = random_prompts(16, longest=12, vocab=TINY.vocab, seed=2)
     each = [

@@ -149,15 +149,16 @@ def test_the_decode_batch_is_set_beside_its_prediction():
     assert (idle["live"], idle["measured"], idle["predicted"]) == (False, None, None)
     assert [one["cells"] for one in idle["path"]] == [16] * len(idle["path"])
     running = SlotStats(slot=0, request_id=1, phase="decode", num_prompt=5, num_cached=8, num_output=4, max_tokens=20)
-    seen = bench.after(1, decode_batch=3, decode_cells=44, last_decode_step_s=0.002, running=(running,))["decode"]
+    last = {"decode_batch": 3, "decode_cells": 44, "last_decode_step_s": 0.002, "decode_tokens_per_s": 1400.0}
+    seen = bench.after(1, **last, running=(running,))["decode"]
     position = roofline.at(3, 44)
     assert seen["live"]
-    assert seen["measured"] == {"step_s": 0.002, "tokens_per_s": 1500.0, "flops_per_s": position.flops / 0.002}
+    assert seen["measured"] == {"step_s": 0.002, "tokens_per_s": 1400.0, "flops_per_s": position.flops / 0.002}
     assert seen["predicted"]["intensity"] == position.intensity
     assert {one["cells"] for one in seen["path"]} == {48}
-    without = Bench().after(0, decode_batch=3, decode_cells=44, last_decode_step_s=0.002)
+    without = Bench().after(0, **last)
     assert without["roofline"] is None
-    assert without["decode"]["measured"]["tokens_per_s"] == 1500.0
+    assert without["decode"]["measured"]["tokens_per_s"] == 1400.0
     assert (without["decode"]["predicted"], without["decode"]["path"]) == (None, [])
 
 

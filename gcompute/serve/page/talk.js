@@ -46,9 +46,17 @@ function fail(message) {
 
 function clearAll() {
   running?.abort();
+  ended();
   messages = [];
   $("answers").replaceChildren();
   fail("");
+}
+
+/** Nothing is asked: the next call may be sent. */
+function ended() {
+  running = null;
+  $("send").disabled = false;
+  $("stop").disabled = true;
 }
 
 /** Keep the newest text in sight, unless the reader scrolled up. */
@@ -83,7 +91,7 @@ async function talk() {
   const startMs = performance.now();
   const timings = views.map(() => ({ firstS: null, nowS: 0 }));
   const show = (index) => { if (views[index].numTokens) showFacts(views[index], timings[index]); };
-  let ended = null;
+  let failure = null;
   try {
     const path = chat ? "/v1/chat/completions" : "/v1/completions";
     for await (const chunk of chunks(path, { ...body, ...sampling, n }, controller.signal)) {
@@ -101,15 +109,17 @@ async function talk() {
       });
     }
   } catch (error) {
-    ended = error.name === "AbortError" ? "stopped" : "failed";
-    if (ended === "failed") fail(error instanceof Refusal ? error.message : `The answer broke off: ${error.message}`);
+    // Whoever cleared it all wants nothing of this any more.
+    if (running !== controller) return;
+    failure = error.name === "AbortError" ? "stopped" : "failed";
+    if (failure === "failed") fail(error instanceof Refusal ? error.message : `The answer broke off: ${error.message}`);
   }
   following(() => {
     for (const [index, view] of views.entries()) {
-      if (!view.reason) view.end(ended ?? "failed");
+      if (!view.reason) view.end(failure ?? "failed");
       showFacts(view, timings[index]);
     }
-    if (ended === "failed" && views.every((view) => !view.text)) {
+    if (failure === "failed" && views.every((view) => !view.text)) {
       for (const element of [...said, ...views.map((view) => view.root)]) element.remove();
       if (chat && !$("prompt").value) $("prompt").value = text;
     } else if (chat) {
@@ -119,9 +129,7 @@ async function talk() {
       for (const view of views) view.facts.append(goOn(text + view.text));
     }
   });
-  if (running === controller) running = null;
-  $("send").disabled = false;
-  $("stop").disabled = true;
+  ended();
   $("prompt").focus({ preventScroll: true });
 }
 
