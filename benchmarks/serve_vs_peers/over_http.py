@@ -5,8 +5,9 @@
 
 Capacity is what the bare engine serves of requests that are all there at once. At 80 % of that rate the same requests
 then come at the same moments to the bare engine, to gcompute's server and to llama.cpp's, in turn (A B C, A B C); the
-servers are loaded by `gcompute bench serve`. llama.cpp's server is also measured at 80 % of its own capacity. The last
-line of output is one JSON object; medians of the turns count.
+servers are loaded by `gcompute bench serve`. Then all come at once, to the bare engine and over HTTP. llama.cpp's
+server is also measured at 80 % of its own capacity. The last line of output is one JSON object; medians of the turns
+count.
 """
 
 import argparse
@@ -69,7 +70,8 @@ def wait_until_ready(process: subprocess.Popen[str], url: str) -> None:
 
 
 def ours(options: argparse.Namespace) -> tuple[list[str], str | None]:
-    return [sys.executable, str(HERE / "ours_load.py"), "--slots", str(options.slots), "--listen"], None
+    command = [sys.executable, str(HERE / "ours_load.py"), "--slots", str(options.slots)]
+    return [*command, "--requests", str(options.requests), "--listen"], None
 
 
 def llama(options: argparse.Namespace, file: Path) -> tuple[list[str], str | None]:
@@ -108,9 +110,9 @@ def figures(wall_s: float, num: int, ttft_s: dict[str, float], tpot_s: dict[str,
 
 
 def tell(name: str, rate: float, found: Figures) -> Figures:
-    load = "all at once" if rate == float("inf") else f"{rate:.2f} requests/s"
+    asked = name if rate == float("inf") else f"{name}, {rate:.2f} requests/s"
     say(
-        f"{name}, {load}: {found['tokens_per_s']:.0f} tokens/s, TTFT p50 {1e3 * found['ttft_p50_s']:.0f} ms,"
+        f"{asked}: {found['tokens_per_s']:.0f} tokens/s, TTFT p50 {1e3 * found['ttft_p50_s']:.0f} ms,"
         f" p99 {1e3 * found['ttft_p99_s']:.0f} ms, TPOT p50 {1e3 * found['tpot_p50_s']:.1f} ms"
     )
     return found
@@ -118,7 +120,7 @@ def tell(name: str, rate: float, found: Figures) -> Figures:
 
 def measure(options: argparse.Namespace, gguf: Path | None) -> dict[str, Any]:
     everything = float("inf")
-    capacity = tell("bare engine", everything, bare(everything, options, seed=0))["requests_per_s"]
+    capacity = tell("bare engine, all at once", everything, bare(everything, options, seed=0))["requests_per_s"]
     rate = LOAD * capacity
     result: dict[str, Any] = {"capacity_requests_per_s": capacity, "rate_requests_per_s": rate}
     runs: dict[str, list[Figures]] = {}
@@ -129,13 +131,15 @@ def measure(options: argparse.Namespace, gguf: Path | None) -> dict[str, Any]:
     own_rate = 0.0
     if gguf is not None:
         with server(*llama(options, gguf)) as url:
-            found = tell("llama.cpp", everything, over_http(url, everything, options, seed=0))
+            found = tell("llama.cpp, all at once", everything, over_http(url, everything, options, seed=0))
         own_rate = LOAD * found["requests_per_s"]
         result["llama.cpp_capacity_requests_per_s"] = found["requests_per_s"]
     for turn in range(1, 1 + options.rounds):
         add("bare engine", rate, bare(rate, options, turn))
+        add("bare engine, all at once", everything, bare(everything, options, turn))
         with server(*ours(options)) as url:
             add("gcompute over HTTP", rate, over_http(url, rate, options, turn))
+            add("gcompute over HTTP, all at once", everything, over_http(url, everything, options, turn))
             if gguf is not None:
                 add("gcompute over HTTP at llama.cpp's rate", own_rate, over_http(url, own_rate, options, turn))
         if gguf is not None:
@@ -146,10 +150,12 @@ def measure(options: argparse.Namespace, gguf: Path | None) -> dict[str, Any]:
     result["medians"] = {
         name: {key: median(run[key] for run in some) for key in some[0]} for name, some in runs.items()
     }
-    medians = result["medians"]
-    ratio = medians["gcompute over HTTP"]["tokens_per_s"] / medians["bare engine"]["tokens_per_s"]
-    result["over_http_share"], result["target"], result["reached"] = ratio, TARGET, ratio >= TARGET
-    say(f"over HTTP: {ratio:.3f} of the bare engine (target {TARGET}: {'' if ratio >= TARGET else 'not '}reached)")
+    result["target"] = TARGET
+    for load, key in (("", "over_http_share"), (", all at once", "over_http_share_at_once")):
+        over, engine = (result["medians"][name + load] for name in ("gcompute over HTTP", "bare engine"))
+        ratio = result[key] = over["tokens_per_s"] / engine["tokens_per_s"]
+        reached = "reached" if ratio >= TARGET else "not reached"
+        say(f"over HTTP{load}: {ratio:.3f} of the bare engine (target {TARGET}: {reached})")
     return result
 
 
