@@ -62,8 +62,11 @@ def command(
     console = Console(stderr=True)
     notice = lambda text: console.print(f"notice: {text}", soft_wrap=True)  # noqa: E731
     model = load(checkpoint, notice=notice)
-    # Before the engine is there: nothing else runs while the machine is measured, once and for all.
-    roofline = decode_roofline(model.config, config, measured_chip())
+    roofline = None
+    if config.mesh is None or config.mesh.num_devices == 1:
+        # Before the engine is there: nothing else runs while the machine is measured, once and for all. The batch of
+        # several devices would not be that of one.
+        roofline = decode_roofline(model.config, config, measured_chip())
     template = load_template(locate(checkpoint)[0], notice)
     model_name = name or model.name
     drafting = None

@@ -150,8 +150,12 @@ class _Api:
     def _check_key(self, request: Request) -> None:
         if self._api_key is None:
             return
-        kind, _, given = request.headers.get("Authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._api_key.encode()):
+        kind, _, rest = request.headers.get("Authorization", "").partition(" ")
+        # Starlette reads headers as Latin-1, and so do browsers write them. Other clients write UTF-8.
+        given, keys = rest.strip(" \t").encode("latin-1"), [self._api_key.encode()]
+        if all(ord(character) < 256 for character in self._api_key):
+            keys.append(self._api_key.encode("latin-1"))
+        if kind.lower() != "bearer" or not any(hmac.compare_digest(given, key) for key in keys):
             message = "The API key is missing or wrong: send it as `Authorization: Bearer KEY`."
             raise HttpError(status=401, message=message, code="invalid_api_key")
 

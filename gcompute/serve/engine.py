@@ -350,8 +350,8 @@ class Engine:
             for request_id, (tokens, _) in chosen.items():
                 self._scheduler.record_decode(request_id, tokens)
             cells = sum(self._scheduler.running[request_id].cached for request_id in chosen) // len(chosen)
-            of_all = {"step_s": took_s / num_steps, "tokens_per_s": num_tokens / took_s}
-            self._last = LastDecode(rows=len(chosen), cells=cells, **of_all)
+            rates = {"step_s": took_s / num_steps, "tokens_per_s": num_tokens / took_s}
+            self._last = LastDecode(rows=len(chosen), cells=cells, speculated=work.speculate, **rates)
         for request_id, (tokens, logprobs) in chosen.items():
             self._deliver(request_id, tokens, logprobs)
 

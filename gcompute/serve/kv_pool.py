@@ -77,6 +77,7 @@ class RowCache:
     new_v_scale: tuple[Float[Array, "b k c"], ...]
     start_B: Int[Array, "b"]
     compute: jnp.dtype = field(metadata={"static": True})
+    pool_dtype: jnp.dtype = field(metadata={"static": True})
 
     @property
     def length(self) -> int:
@@ -141,6 +142,7 @@ def gather(
         k=old(pool.k, pool.k_scale),
         v=old(pool.v, pool.v_scale),
         compute=compute,
+        pool_dtype=pool.dtype,
         new_k=new(shape, pool.k),
         new_v=new(shape, pool.v),
         new_k_scale=new(shape[:-1], pool.k_scale),
@@ -173,7 +175,7 @@ def store(
         return (*leaves[:layer], _place(leaves[layer], new, first_B), *leaves[layer + 1 :])
 
     if not cache.new_k_scale:
-        k_BTKH, v_BTKH = k_BTKH.astype(compute), v_BTKH.astype(compute)
+        k_BTKH, v_BTKH = (new.astype(compute).astype(cache.pool_dtype) for new in (k_BTKH, v_BTKH))
     else:
         (k_int8, k_scale), (v_int8, v_scale) = quantize(k_BTKH), quantize(v_BTKH)
         k_BTKH, v_BTKH = dequantize(k_int8, k_scale, compute), dequantize(v_int8, v_scale, compute)

@@ -9,7 +9,7 @@ from gcompute.serve.buckets import batch_buckets, bucket_of, make_buckets
 class Limits:
     """What the scheduler may use.
 
-    page: tokens a page. num_pages: of the whole pool, beside one a share that padding is written to. shares: equal
+    page: tokens a page. num_pages: of the whole pool, beside one a share that is nobody's. shares: equal
     parts of slots and pages that cannot lend to each other. chunk: most prompt tokens a dispatch. token_budget: most
     tokens of decoding rows and prompts between two decode dispatches, though always one chunk. drafts: tokens that
     speculation writes beyond the one it must. draft_batch: most rows that do. swap: preemption keeps keys and values on
@@ -51,7 +51,7 @@ class Limits:
 
     @property
     def garbage_pages(self) -> tuple[int, ...]:
-        """The first page of each share, which padding is written to."""
+        """The first page of each share: it stands in tables for pages that a row lacks."""
         return tuple(share * (self.num_pages // self.shares + 1) for share in range(self.shares))
 
     @property

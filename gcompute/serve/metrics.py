@@ -49,15 +49,13 @@ class Metrics:
 
     def _finished(self, event: Finished) -> None:
         self._requests.labels(event.reason.value).inc()
-        if event.reason not in SERVED:
-            # One that was cut short is no example of how long requests take.
-            return
-        self._total_s.observe(event.timing.total_s)
-        per_token_s = event.timing.per_token_s(event.usage.completion_tokens)
+        # One that was cut short is no example of how long requests take, but is of how long they wait.
+        served = event.reason in SERVED
         for histogram, seconds in (
             (self._queued_s, event.timing.queued_s),
             (self._first_token_s, event.timing.first_token_s),
-            (self._per_token_s, per_token_s),
+            (self._per_token_s, event.timing.per_token_s(event.usage.completion_tokens) if served else None),
+            (self._total_s, event.timing.total_s if served else None),
         ):
             if seconds is not None:
                 histogram.observe(seconds)

@@ -40,6 +40,7 @@ def observe(
         decode_cells=last.cells,
         last_decode_step_s=last.step_s,
         decode_tokens_per_s=last.tokens_per_s,
+        decode_speculated=last.speculated,
     )
 
 

@@ -113,14 +113,12 @@ class DecodeRoofline:
         return [self.chip.figures[name] for name in names if name in self.chip.figures]
 
 
-def decode_roofline(model: ModelConfig, serve: ServeConfig, chip: Chip) -> DecodeRoofline | None:
-    """The roofline of a served model on one device of `chip`; None on a mesh, whose batch is not one device's.
+def decode_roofline(model: ModelConfig, serve: ServeConfig, chip: Chip) -> DecodeRoofline:
+    """The roofline of a served model on one device of `chip`.
 
     Raises:
       ValueError: the chip has no peak for the served precision.
     """
-    if serve.mesh is not None:
-        return None
     run = ServeRun(
         model=architecture(model),
         prompt=1,

@@ -125,7 +125,7 @@ def make_ask(
         sampling = read_sampling(fields, max_tokens=room, logprobs=reported)
         if more_stop is not None and not sampling.stop:
             sampling = replace(sampling, stop=(more_stop,))
-        if more_end is not None and not sampling.ignore_eos:
+        if more_end is not None and not sampling.ignore_eos and more_end not in sampling.stop_token_ids:
             if len(sampling.stop_token_ids) == MAX_STOP_TOKENS:
                 message = (
                     f"stop_token_ids holds {MAX_STOP_TOKENS}; the most is one less, as the template's own ends too."

@@ -12,7 +12,10 @@ LEAST = -9999.0
 
 
 class TextOffsets:
-    """Where each token's text begins; a token that goes on with a character begins where that does."""
+    """Where each token's text begins; a token that goes on with a character begins where that does.
+
+    Exact where tokens are bytes. Other decoders spell some tokens otherwise alone than beside others (a space less).
+    """
 
     def __init__(self, first: int):
         self._at = first

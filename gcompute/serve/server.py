@@ -6,6 +6,7 @@ import errno
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -76,9 +77,12 @@ class _Server(uvicorn.Server):
 
     async def _give_up(self) -> None:
         """Once all requests have ended, their clients have so long to take what is left for them."""
-        while (stats := self._engine.stats()).num_running or stats.num_waiting:
+        idle_since_s = time.monotonic()
+        while time.monotonic() - idle_since_s < STALLED_S:
             await asyncio.sleep(0.1)
-        await asyncio.sleep(STALLED_S)
+            stats = self._engine.stats()
+            if stats.num_running or stats.num_waiting:
+                idle_since_s = time.monotonic()
         for connection in self.server_state.connections:
             connection.transport.abort()
 

@@ -31,13 +31,14 @@ class SlotStats:
 class LastDecode:
     """The last decode dispatch: its requests, the mean of their cells, seconds a step and tokens a second, as measured.
 
-    A step of speculation gives a request several tokens.
+    A step that speculates gives a request several tokens.
     """
 
     rows: int = 0
     cells: int = 0
     step_s: float = 0.0
     tokens_per_s: float = 0.0
+    speculated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,8 @@ class EngineStats:
     request needs and a later one may find. num_prompt_tokens counts whole prompts, num_hit_tokens those of them that
     were found in cached pages. num_drafted, num_accepted: tokens guessed, and guessed right.
     decode_batch, decode_cells: requests of the last decode dispatch, and the cells that each attended to on average;
-    last_decode_step_s: its seconds over its steps; decode_tokens_per_s: the tokens that it made a second.
+    last_decode_step_s: its seconds over its steps; decode_tokens_per_s: the tokens that it made a second;
+    decode_speculated: whether its steps judged guesses.
     """
 
     status: Status
@@ -78,3 +80,4 @@ class EngineStats:
     decode_cells: int = 0
     last_decode_step_s: float = 0.0
     decode_tokens_per_s: float = 0.0
+    decode_speculated: bool = False

@@ -126,7 +126,8 @@ class Watch:
         }
         if self._roofline is None:
             return body
-        if known:
+        # A step that judges guesses does more than the prediction is of.
+        if known and not stats.decode_speculated:
             position = self._roofline.at(batch, cells)
             body["predicted"] = position_json(position)
             body["measured"]["flops_per_s"] = position.flops / step_s

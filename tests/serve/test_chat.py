@@ -220,6 +220,19 @@ def test_an_api_key_is_asked_for_under_v1_alone(engine):
         assert http.get("/v1/models", headers=key).status_code == 200
 
 
+def test_a_key_that_is_not_ascii_as_clients_and_browsers_write_it(engine):
+    with background(engine, LOCAL, model_name="tiny", api_key="clé à") as url:
+
+        def status(key: bytes) -> int:
+            headers = [(b"Authorization", b"Bearer " + key)]
+            return httpx.get(f"{url}/v1/models", headers=headers, trust_env=False).status_code
+
+        assert [status("clé à".encode(form)) for form in ("utf-8", "latin-1")] == [200, 200]
+        assert [status(key) for key in (b"cl", b"cl\xe9", b"?")] == [401] * 3
+    with background(engine, LOCAL, model_name="tiny", api_key="☃") as url:
+        assert [status(key) for key in ("☃".encode(), b"?")] == [200, 401]
+
+
 def test_a_call_that_takes_too_long_is_ended_and_its_slot_is_free(engine, gate, wait_until):
     config = ServeConfig(port=0, timeout_s=0.3, max_body_bytes=100)
     with (

@@ -100,6 +100,16 @@ def test_put_back_writes_the_counted_cells_and_nothing_else(dtype):
                     np.testing.assert_array_equal(got, want)
 
 
+def test_new_cells_are_rounded_as_the_pool_will_keep_them():
+    pool = filled(jnp.bfloat16)
+    cache = started(gather(pool, jnp.array([[1, 2]]), jnp.float32, num_cells=2), jnp.array([[3]]))
+    new = jax.random.normal(jax.random.key(0), (1, 2, 2, 4))
+    cache = store(cache, 0, new, new, jnp.array([[3, 4]]))
+    np.testing.assert_array_equal(cache.new_k[0], new.astype(jnp.bfloat16).astype(jnp.float32).swapaxes(1, 2))
+    after = put_back(pool, cache, jnp.array([[1, 2]]), jnp.array([3]), jnp.array([2]), num_cells=2)
+    np.testing.assert_array_equal(numbers(after.v[0])[2, 0], np.asarray(cache.new_v[0])[0, :, 1])
+
+
 def test_what_was_rounded_to_int8_is_rounded_no_further():
     x = jax.random.normal(jax.random.key(0), (4096, 16)) * jnp.exp(jax.random.normal(jax.random.key(1), (4096, 1)))
     once, scale = quantize(x)

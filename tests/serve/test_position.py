@@ -107,11 +107,9 @@ def test_position_json_is_plain_numbers(roofline):
     assert body["tokens_per_s"] == pytest.approx(8 / body["step_s"])
 
 
-def test_what_is_served_in_int8_is_counted_so_and_a_mesh_is_not_one_device(roofline):
-    chip = find_chip("v5e")
-    int8 = decode_roofline(MODEL, dataclasses.replace(SERVE, weights="int8", kv="int8"), chip)
+def test_what_is_served_in_int8_is_counted_so(roofline):
+    int8 = decode_roofline(MODEL, dataclasses.replace(SERVE, weights="int8", kv="int8"), find_chip("v5e"))
     assert int8.at(1, 100).moved_bytes == pytest.approx(roofline.at(1, 100).moved_bytes / 2, rel=0.05)
-    assert decode_roofline(MODEL, dataclasses.replace(SERVE, mesh="tensor=2"), chip) is None
 
 
 def test_devices_without_figures_are_refused(roofline):

@@ -156,6 +156,8 @@ def test_the_decode_batch_is_set_beside_its_prediction():
     assert seen["measured"] == {"step_s": 0.002, "tokens_per_s": 1400.0, "flops_per_s": position.flops / 0.002}
     assert seen["predicted"]["intensity"] == position.intensity
     assert {one["cells"] for one in seen["path"]} == {48}
+    guessing = bench.after(1, decode_speculated=True)["decode"]
+    assert (guessing["measured"]["tokens_per_s"], guessing["predicted"]) == (1400.0, None)
     without = Bench().after(0, **last)
     assert without["roofline"] is None
     assert without["decode"]["measured"]["tokens_per_s"] == 1400.0

@@ -32,7 +32,7 @@ char* pages_of(const ffi::AnyBuffer& before, ffi::Result<ffi::AnyBuffer>& after)
   return pages;
 }
 
-// pages, stored: [P, S, ...], one array. new_cells: [B, T, ...].
+// pages, stored: [P, S, ...]. new_cells: [B, T, ...].
 ffi::Error store(ffi::AnyBuffer pages, ffi::AnyBuffer new_cells, ffi::Buffer<ffi::S32> tables,
                  ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> counts, ffi::Result<ffi::AnyBuffer> stored) {
   const NewCells cells(pages, tables, positions, counts);

@@ -1,5 +1,7 @@
 // One answer on the page: its text as it comes, what is known of its tokens, and what it took.
 
+const NUM_LIKELIEST = 3;
+
 class AnswerView {
   /** which: "answer 2 of 3", or "". before: text that the answer goes on from, shown softer. */
   constructor(which, before) {
@@ -68,7 +70,9 @@ function reported(logprobs) {
   }
   return logprobs.tokens.map((token, index) => ({
     bytes: spelled(token), logprob: logprobs.token_logprobs[index],
-    top: Object.entries(logprobs.top_logprobs[index]).map(([text, logprob]) => ({ text, logprob })),
+    // The chosen token is among them, likely or not.
+    top: Object.entries(logprobs.top_logprobs[index]).map(([text, logprob]) => ({ text, logprob }))
+      .sort((one, other) => other.logprob - one.logprob).slice(0, NUM_LIKELIEST),
   }));
 }
 

@@ -129,13 +129,13 @@ function showRoofline() {
   const { roofline, decode } = engine;
   for (const id of ["roofline", "throughput"]) $(id).hidden = !roofline;
   showBatch(roofline, decode);
-  if (!roofline) return say($("machine"), "The roofline of this machine is not known to this server.");
+  if (!roofline) return say($("machine"), "This server shows no roofline: that of its machine is not known, or its batch is that of several devices.");
   const where = { measured: "measured on this machine", catalogue: "from the catalogue" }[roofline.source];
   say($("machine"), `${roofline.machine}: ${si(roofline.flops_per_s, "FLOP/s")} in ${roofline.dtype} and ${si(roofline.bytes_per_s, "B/s")} of memory (${where}), ridge at ${figures(roofline.ridge)} FLOP/byte. The step is predicted from the model’s operations and bytes alone.`);
   const { predicted, measured, path } = decode;
   // Room below the roof for what will be measured.
   if (lowest === Infinity) lowest = path[0].flops_per_s / 30;
-  if (measured) lowest = Math.min(lowest, measured.flops_per_s);
+  if (predicted) lowest = Math.min(lowest, measured.flops_per_s);
   drawRoof(roofline, path, predicted);
   drawThroughput(roofline, path, measured);
   for (const chart of [roofChart, batchChart]) chart.live.classList.toggle("idle", !decode.live);
@@ -221,8 +221,8 @@ function drawThroughput(roofline, path, measured) {
 }
 
 const STEP_ROWS = [
-  ["one step", (one) => time(one.step_s), "Time of one decode step: each running request gets one token."],
-  ["tokens/s", (one) => figures(one.tokens_per_s), "Tokens a second while decoding alone: the batch over the time of a step."],
+  ["one step", (one) => time(one.step_s), "Time of one decode step: each running request gets one token, or, with guesses, those that were right and one more."],
+  ["tokens/s", (one) => figures(one.tokens_per_s), "Tokens a second of the last decode dispatch; a request may end before it does."],
   ["arithmetic", (one) => si(one.flops_per_s, "FLOP/s"), "Operations that the model needs for the step, over the time of the step."],
 ];
 

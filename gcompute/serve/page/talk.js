@@ -75,8 +75,8 @@ async function talk() {
   const num = Number.isInteger(n) && n > 0 ? n : 1;
   const wanted = $("logprobs").checked;
   const body = chat
-    ? { messages: [...messages, { role: "user", content: text }], ...(wanted && { logprobs: true, top_logprobs: 3 }) }
-    : { prompt: text, ...(wanted && { logprobs: 3 }) };
+    ? { messages: [...messages, { role: "user", content: text }], ...(wanted && { logprobs: true, top_logprobs: NUM_LIKELIEST }) }
+    : { prompt: text, ...(wanted && { logprobs: NUM_LIKELIEST }) };
   const controller = new AbortController();
   running = controller;
   fail("");
