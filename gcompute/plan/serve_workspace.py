@@ -20,6 +20,8 @@ LANES, SUBLANES = 128, 8
 MIB = 2**20
 # Cells of a page, and the steps of a dispatch, that the engine has by default.
 PAGE, STEPS = 16, 8
+# What a decode step tells of a token: itself and the 20 likeliest, each with its log-probability.
+REPORT_BYTES = 4 * (2 + 2 * 20)
 # A request's biases, their ids and its stop ids, in three tiles' rows; its tokens are int32.
 SETTINGS_BYTES = 3 * LANES * WIDE
 # Of one prefill's scores, [N, T, T] in float32, device memory holds those of old cells, those of new ones, the
@@ -206,15 +208,17 @@ def prefill_workspace(
 
 def in_place_workspace(model: Architecture, *, rows: int, tokens: int) -> float:
     """Bytes beside weights and pool on a CPU whose kernels work on pages where they lie, at most, while logits of
-    `rows` tokens are chosen from or a chunk of `tokens` is read: logits and what settings make of them, the widest
-    layer's rows before and after its activation, and the stream. Nothing of the pool is gathered, and new cells go to
-    it at once. Held to compiled programs of dense models; of mixtures it is a count of shapes alone.
+    `rows` tokens are chosen from or a chunk of `tokens` is read: logits and what settings make of them, what is told of
+    each token, the widest layer's rows before and after its activation, and the stream. Nothing of the pool is
+    gathered, and new cells go to it at once. Held to compiled programs of dense models; of mixtures it is a count of
+    shapes alone.
     """
     logits = CPU_LOGIT_ARRAYS * WIDE * rows * model.vocab
     feds = [group.feed_forward for group in model.layers]
     width = max(fed.num_up * (fed.width * fed.rows_per_token + fed.shared_width) for fed in feds)
     widest = 2 * WIDE * max(rows, tokens) * width
-    return logits + widest + STREAMS * WIDE * max(rows, tokens) * model.dim
+    reports = REPORT_BYTES * rows * STEPS
+    return logits + reports + widest + STREAMS * WIDE * max(rows, tokens) * model.dim
 
 
 def held_pools(model: Architecture, mesh: MeshShape, *, rows: int, cells: int, cache_bytes: float) -> float:
