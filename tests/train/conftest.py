@@ -37,7 +37,7 @@ def compiled_programs(tmp_path_factory: pytest.TempPathFactory):
         jax.config.update(name, value)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def shipped_emitters():
     """The trainer's programs are compiled with the emitters that they are shipped with: by XLA's older ones, which the
     default tests use otherwise, a step alone rounds some sums otherwise than one of many."""
