@@ -172,7 +172,7 @@ def store(
     first_B = positions_BT[:, 0] - cache.start_B
 
     def put(leaves: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-        return (*leaves[:layer], _place(leaves[layer], new, first_B), *leaves[layer + 1 :])
+        return replaced(leaves, layer, _place(leaves[layer], new, first_B))
 
     if not cache.new_k_scale:
         k_BTKH, v_BTKH = (new.astype(compute).astype(cache.pool_dtype) for new in (k_BTKH, v_BTKH))
@@ -259,6 +259,11 @@ def put_back(
         k_scale=scales(pool.k_scale, cache.new_k_scale),
         v_scale=scales(pool.v_scale, cache.new_v_scale),
     )
+
+
+def replaced(leaves: tuple[Array, ...], layer: int, leaf: Array) -> tuple[Array, ...]:
+    """The leaves of all layers with one of them another."""
+    return (*leaves[:layer], leaf, *leaves[layer + 1 :])
 
 
 def to_bits(x: Array) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gcompute.serve.int8 import quantize
-from gcompute.serve.kv_pool import KVPool, to_bits
+from gcompute.serve.kv_pool import KVPool, replaced, to_bits
 from gcompute.serve.native import stores as native_stores
 
 
@@ -42,7 +42,7 @@ def store(
     pool, to = cache.pool, (cache.tables_BN, positions_BT, count_B)
 
     def put(leaves: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-        return _replaced(leaves, layer, native_stores.store(leaves[layer], new, *to))
+        return replaced(leaves, layer, native_stores.store(leaves[layer], new, *to))
 
     if pool.quantized:
         (k_BTKH, k_scale_BTK), (v_BTKH, v_scale_BTK) = quantize(k_BTKH), quantize(v_BTKH)
@@ -67,9 +67,5 @@ def place(
     pool, to = cache.pool, (cache.tables_BN, positions_BT, count_B)
     pages = (pool.k[layer], pool.v[layer])
     q_BTNH, k, v = native_stores.place(joined_BTO, rotary, *pages, *to, heads=heads, compute=cache.compute)
-    pool = replace(pool, k=_replaced(pool.k, layer, k), v=_replaced(pool.v, layer, v))
+    pool = replace(pool, k=replaced(pool.k, layer, k), v=replaced(pool.v, layer, v))
     return q_BTNH, replace(cache, pool=pool)
-
-
-def _replaced(leaves: tuple[Array, ...], layer: int, leaf: Array) -> tuple[Array, ...]:
-    return (*leaves[:layer], leaf, *leaves[layer + 1 :])
