@@ -16,13 +16,3 @@ os.environ["GCOMPUTE_FAST"] = "0"
 # Tests compile far more than they run: unoptimised machine code halves their time. XLA's own passes all run, and so
 # do the slow tiers that start `gcompute` as a process of its own.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-
-
-def pytest_configure(config) -> None:
-    """The default tests do without XLA's newer emitters of loops, which take a third of their time.
-
-    The slow ones do not: TPU compilers do not know the flag, and the older emitters round some sums otherwise in a
-    program of one step than in one of many.
-    """
-    if config.option.markexpr == "not slow":
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"

@@ -13,8 +13,6 @@ from gcompute.config.serve import ServeConfig
 from gcompute.hardware.catalogue import find_chip
 from gcompute.model.tokenizer import Tokenizer
 from gcompute.model.transformer import Params, init
-from gcompute.serve import runner as runner_module
-from gcompute.serve.compilation import lower_program
 from gcompute.serve.engine import Engine
 from gcompute.serve.position import decode_roofline
 from gcompute.serve.server import background
@@ -23,18 +21,6 @@ from gcompute.serve.work import Work
 
 CONFIG = ModelConfig(vocab=257, layers=2, dim=32, heads=4, kv_heads=2, ffn=64, context=64)
 SERVE = ServeConfig(slots=3, max_queue=4, decode_steps=4, precision="float32", port=0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Engines of all tiers compile without XLA's newer emitters, in half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            runner_module,
-            "compile_program",
-            lambda *arguments: lower_program(*arguments).compile({"xla_cpu_use_fusion_emitters": False}),
-        )
-        yield
 
 
 @pytest.fixture(scope="session")

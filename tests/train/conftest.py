@@ -35,17 +35,3 @@ def compiled_programs(tmp_path_factory: pytest.TempPathFactory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shipped_emitters():
-    """The trainer's programs are compiled with the emitters that they are shipped with: by XLA's older ones, which the
-    default tests use otherwise, a step alone rounds some sums otherwise than one of many."""
-    real = jax.stages.Lowered.compile
-
-    def compiled(lowered: jax.stages.Lowered, options: dict[str, bool] | None = None, **more: object):
-        return real(lowered, {"xla_cpu_use_fusion_emitters": True, **(options or {})}, **more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.stages.Lowered, "compile", compiled)
-        yield
