@@ -25,7 +25,8 @@ DOES_NOT_FIT = 1
 NEEDS = f"TPUs: {INSTALL['tpu']}; GPUs: {INSTALL['gpu']}"
 # These change how long a run goes on and what it keeps, not its step.
 NOT_OF_A_STEP = {
-    *("steps", "seed", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps"),
+    *("steps", "seed", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep"),
+    *("log_every", "dispatch_steps"),
 }
 OTHER_OPTIMIZER_FIELDS = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"optimizer"}
 LAST_LINES = 20
@@ -275,7 +276,7 @@ def _show(model: str, run: RunConfig, report: dict[str, Any]) -> None:
     config = run.train
     console.print(
         f"{model}: one train step on {report['target']} ({report['num_devices']:,} devices), mesh {config.mesh}, batch"
-        f" {config.batch} x {run.seq} in {report['accumulation']} microbatches, {config.precision},"
+        f" {config.batch} x {run.seq} in {report['accumulation']} microbatches, {report['precision']},"
         f" {run.optimizer.optimizer}, remat {config.remat}; compiled in {duration(report['compile_s'])}",
         soft_wrap=True,
     )

@@ -57,7 +57,8 @@ def compile_train(request: dict[str, Any], tell: Any) -> dict[str, Any]:
     report, text = compile_report(program.lowered, target, mesh=mesh)
     if request["hlo"] and text is not None:
         Path(request["hlo"]).write_text(text, encoding="utf-8")
-    return {"accumulation": program.accumulation, **report.to_dict()}
+    precision = program.execution.compute.name
+    return {"accumulation": program.accumulation, "precision": precision, **report.to_dict()}
 
 
 def compile_serve(request: dict[str, Any], tell: Any) -> dict[str, Any]:

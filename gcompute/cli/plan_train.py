@@ -20,6 +20,7 @@ from gcompute.plan.train_plan import (
     TrainQuestion,
     answer,
     check_devices,
+    dtypes_of,
     memory_of,
     question_of,
 )
@@ -29,7 +30,8 @@ DOES_NOT_FIT = 1
 BY = ("time", "cost")
 # These change how long a run goes on and what it keeps, or hang on the machine that runs it: not the step.
 NOT_PLANNED = {
-    *("steps", "seed", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps"),
+    *("steps", "seed", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep"),
+    *("log_every", "dispatch_steps"),
     *("unroll", "batch", "seq", "mesh", "remat", "accumulation"),
 }
 USUAL_SEQ = 8192
@@ -185,7 +187,7 @@ def build_question(planned: PlannedModel, target: Target, values: dict[str, Any]
         return question_of(run, target, accumulation, name=planned.name)
     # Not of the trainer: the same settings, as far as a planner needs them.
     train = TrainConfig(**given(TrainConfig, {**values, "batch": batch, "accumulation": accumulation, "remat": remat}))
-    residual = train.residual or ("float32" if target.backend == "cpu" else "bfloat16")
+    precision, residual = dtypes_of(train, target)
     run = TrainRun(
         model=planned.architecture,
         batch=batch,
@@ -193,7 +195,7 @@ def build_question(planned: PlannedModel, target: Target, values: dict[str, Any]
         mesh=mesh,
         accumulation=accumulation,
         remat=remat,
-        precision=train.precision,
+        precision=precision,
         activation_bytes=OPERAND_BYTES[residual],
         state_values=ADAM_STATE,
         sequence_parallel=train.sequence_parallel,
@@ -222,7 +224,8 @@ def run_of(planned: PlannedModel, question: TrainQuestion, values: dict[str, Any
     """The trainer's configuration of a question that was answered, to be compiled."""
     run = question.run
     settled = {"batch": run.batch, "seq": run.seq, "mesh": run.mesh, "accumulation": run.accumulation}
-    return run_config(planned, {**values, **settled, "remat": run.remat})
+    dtypes = {"precision": run.precision, "residual": question.residual}
+    return run_config(planned, {**values, **settled, **dtypes, "remat": run.remat})
 
 
 def _chosen(planned: PlannedModel, target: Target, values: dict[str, Any]) -> TrainQuestion:

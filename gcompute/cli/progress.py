@@ -24,6 +24,16 @@ def duration(seconds: float) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
 
 
+def share_of_ceiling(share: float) -> str:
+    """A share of a measured ceiling; above 100 % it says what that means.
+
+    >>> share_of_ceiling(0.431), share_of_ceiling(1.295)
+    ('43.1%', '129.5% (the ceiling was measured too low: gcompute machine --again)')
+    """
+    remark = " (the ceiling was measured too low: gcompute machine --again)" if share > 1 else ""
+    return f"{share:.1%}{remark}"
+
+
 class Shown:
     """What shows a bar, its `progress`, inside a with block."""
 
@@ -88,7 +98,9 @@ class TrainProgress(Shown):
                     f" {duration(event.compile_s)}{resumed}"
                 )
             case Stepped():
-                rate = f"{event.tokens_per_s:,.0f} tokens/s" + (f"  MFU {event.mfu:.1%}" if event.mfu else "")
+                rate = f"{event.tokens_per_s:,.0f} tokens/s"
+                if event.mfu:
+                    rate += f"  MFU {share_of_ceiling(event.mfu)}"
                 left = f"{duration(event.eta_s)} left"
                 if self.task is not None:
                     self.progress.update(
@@ -100,8 +112,11 @@ class TrainProgress(Shown):
             case Evaluated():
                 if self.task is not None:
                     self.progress.update(self.task, val=f"{event.loss:.4f}")
-                whole = " over the whole split" if event.whole else ""
-                self.console.print(f"step {event.step:>6}  validation loss {event.loss:.4f}{whole}")
+                if event.num_batches == event.of_batches:
+                    sample = "the whole split"
+                else:
+                    sample = f"{event.num_batches:,} of {event.of_batches:,} batches, spread over the split"
+                self.console.print(f"step {event.step:>6}  validation loss {event.loss:.4f} over {sample}")
             case Notice():
                 self.console.print(f"notice: {event.text}", soft_wrap=True)
             case Saved():

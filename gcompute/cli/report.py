@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from gcompute.cli.progress import duration
+from gcompute.cli.progress import duration, share_of_ceiling
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --soft: #666; --line: #ddd; --paper: #fff; --panel: #f6f7f9; }
@@ -122,7 +122,7 @@ def _training_rows(session: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         sizes = (f"{total / 2**20:,.0f} MiB", f"{compiled / 2**20:,.0f} MiB")
         rows.append(("memory of a step (compiled, not measured)", *sizes, _ratio(compiled, total)))
     if measured["mfu"]:
-        rows.append(("MFU of the measured roofline", "", f"{measured['mfu']:.1%}", ""))
+        rows.append(("MFU of the measured roofline", "", share_of_ceiling(measured["mfu"]), ""))
     if measured["time_to_first_step_s"]:
         rows.append(("time to first step", "", duration(measured["time_to_first_step_s"]), ""))
     return rows

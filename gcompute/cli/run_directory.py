@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,36 @@ from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainC
 
 RUN = "run.json"
 LOCK = ".lock"
+CHOSEN = "chosen"
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
     "data": DataConfig,
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What a run left open and was settled for the device that it began on: why, by field, and for which mesh."""
+
+    mesh: str
+    reasons: dict[str, str]
+
+
+def run_json(run: RunConfig, choices: Choices) -> str:
+    """What run.json holds: the configuration with every choice made, and which of it was chosen for the device."""
+    return json.dumps({**run.to_dict(), CHOSEN: asdict(choices)}, indent=2) + "\n"
+
+
+def stored_choices(out: Path) -> Choices | None:
+    """The choices that run.json tells of; None where it does not, as of a run of an older version."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        chosen = json.loads((out / RUN).read_text(encoding="utf-8"))[CHOSEN]
+        reasons = {str(name): str(reason) for name, reason in chosen["reasons"].items()}
+        if reasons.keys() <= {field.name for field in fields(TrainConfig)}:
+            return Choices(mesh=str(chosen["mesh"]), reasons=reasons)
+    return None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -13,8 +13,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gcompute.cli.progress import TrainProgress, WorkProgress, duration
-from gcompute.cli.run_directory import RUN, check_outside, make_directory, only_writer, write_atomically
+from gcompute.cli.progress import TrainProgress, WorkProgress, duration, share_of_ceiling
+from gcompute.cli.run_directory import (
+    RUN,
+    Choices,
+    check_outside,
+    make_directory,
+    only_writer,
+    run_json,
+    stored_choices,
+    write_atomically,
+)
 from gcompute.config.train import RunConfig
 from gcompute.measure.machine import Machine, look
 from gcompute.measure.profile import check_trace, device_memory
@@ -22,6 +31,7 @@ from gcompute.measure.roofline import MeasuredRoofline, load_or_measure
 from gcompute.model.pretrained import CHECKPOINTS, TOKENIZER, saved_steps
 from gcompute.plan.memory import TrainMemory, train_memory
 from gcompute.plan.train_step import StepPrediction, predict_train_step
+from gcompute.train.automatic import settle, with_open_microbatches
 from gcompute.train.checkpoint import check_path
 from gcompute.train.corpus import TokenizedCorpus, prepare
 from gcompute.train.curve import plot_loss
@@ -90,7 +100,7 @@ def measured_roofline(cache: Path, console: Console, *, again: bool = False) -> 
 
 
 def predict(run: RunConfig, roofline: MeasuredRoofline) -> Prediction:
-    """Parameters, memory and step time of `run` on this machine."""
+    """Parameters, memory and step time on this machine of a `run` whose dtypes are settled."""
     import jax
 
     from gcompute.plan.params import count_params
@@ -110,7 +120,7 @@ def predict(run: RunConfig, roofline: MeasuredRoofline) -> Prediction:
     num_devices = mesh.num_devices if jax.default_backend() != "cpu" else 1
     return Prediction(
         num_params=count_params(run.model).total,
-        memory=train_memory(run.model, mesh=mesh, **shared),
+        memory=train_memory(run.model, mesh=mesh, residual=train_config.residual, **shared),
         step=predict_train_step(
             run.model,
             roofline_flops_per_s=roofline.matmul_flops_per_s[train_config.precision],
@@ -153,6 +163,14 @@ def show_prediction(prediction: Prediction, run: RunConfig, console: Console) ->
     console.print(table)
 
 
+def show_choices(run: RunConfig, choices: Choices, roofline: MeasuredRoofline, console: Console) -> None:
+    """Say what was chosen for this device and why, and where the roofline behind it may be too low."""
+    for name, reason in choices.reasons.items():
+        console.print(f"{name.replace('_', ' ')} {getattr(run.train, name)} ({reason})", highlight=False)
+    if roofline.disturbed:
+        console.print(f"notice: the roofline may be measured too low: {roofline.disturbed}.", highlight=False)
+
+
 def with_vocabulary(run: RunConfig, corpus: TokenizedCorpus, *, given: bool) -> RunConfig:
     """The run with the tokenizer's vocabulary size, or the one given where it is large enough."""
     size = corpus.tokenizer.vocab_size
@@ -176,8 +194,12 @@ def train_session(
     console: Console,
     stopped: Callable[[], bool],
     started: float,
+    inexact: bool = False,
 ) -> Session:
-    """Prepare, predict, train. `started`: when the command began, in seconds since the epoch."""
+    """Prepare, predict, train. `started`: when the command began, in seconds since the epoch.
+
+    inexact: as in `train`.
+    """
     import jax
 
     first = jax.process_index() == 0
@@ -195,20 +217,27 @@ def train_session(
             _check_same_tokenizer(tokenizer_path, corpus)
         run = with_vocabulary(run, corpus, given=vocab_given)
         # What does not go together is refused before anything of the run is written.
+        shape = run.train.mesh or default_mesh()
+        kept = stored_choices(out) if resume else None
+        if kept and kept.mesh != str(shape) and "accumulation" in kept.reasons:
+            run = with_open_microbatches(run)
         resolve_mesh(run)
         open_data(run, corpus)
+        with one_process_first():
+            roofline = measured_roofline(cache, console)
+        run, reasons = settle(run, shape, jax.default_backend(), roofline.matmul_flops_per_s)
+        choices = Choices(mesh=str(shape), reasons={**(kept.reasons if kept else {}), **reasons})
         if first and not (resume and tokenizer_path.is_file()):
             corpus.tokenizer.save(tokenizer_path)
         if first and not resume:
-            write_atomically(out / RUN, _run_json(run))
+            write_atomically(out / RUN, run_json(run, choices))
         if resume and not saved_steps(out / CHECKPOINTS):
             console.print(f"notice: {out} has no whole checkpoint yet: the run begins at step 0")
         console.print(
             f"{len(corpus.train):,} training and {len(corpus.val):,} validation tokens,"
             f" vocabulary {corpus.tokenizer.vocab_size:,}"
         )
-        with one_process_first():
-            roofline = measured_roofline(cache, console)
+        show_choices(run, choices, roofline, console)
         machine = look()
         prediction = predict(run, roofline)
         show_prediction(prediction, run, console)
@@ -219,7 +248,7 @@ def train_session(
             def report(event: Event) -> None:
                 # Only now is it certain that the run goes on with what it was given anew, such as more steps.
                 if isinstance(event, Started) and first and resume:
-                    write_atomically(out / RUN, _run_json(run))
+                    write_atomically(out / RUN, run_json(run, choices))
                 show(event)
 
             result = train(
@@ -229,6 +258,7 @@ def train_session(
                 resume=resume,
                 peak_flops_per_s=roofline.matmul_flops_per_s[run.train.precision] * _roofline_devices(run),
                 profile=profile,
+                inexact=inexact,
                 report=report,
                 stopped=stopped,
             )
@@ -263,10 +293,6 @@ def one_process_first() -> Iterator[None]:
         multihost_utils.sync_global_devices("the first process is done")
 
 
-def _run_json(run: RunConfig) -> str:
-    return json.dumps(run.to_dict(), indent=2) + "\n"
-
-
 def _check_same_tokenizer(path: Path, corpus: TokenizedCorpus) -> None:
     from gcompute.model.tokenizer import Tokenizer
 
@@ -296,7 +322,7 @@ def show_result(session: Session, console: Console) -> None:
         memory = f"{predicted.memory.total_bytes / 2**20:,.0f} MiB"
         table.add_row("memory of a step (compiled)", memory, f"{result.compiled_bytes / 2**20:,.0f} MiB")
     if result.mfu:
-        table.add_row("MFU of the measured roofline", "", f"{result.mfu:.1%}")
+        table.add_row("MFU of the measured roofline", "", share_of_ceiling(result.mfu))
     if session.time_to_first_step_s:
         table.add_row("time to first step", "", duration(session.time_to_first_step_s))
     if result.val_loss is not None:

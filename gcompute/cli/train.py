@@ -28,6 +28,7 @@ PATH = click.Path(path_type=Path)
 # exceptions that are asked for: other `steps` move the end of the schedule, another `mesh` adds in another order, as do
 # the settings that say how a mesh is used.
 RESUMABLE = {"steps", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps", "mesh"}
+RESUMABLE |= {"final_eval_batches"}
 RESUMABLE |= {"accumulation", "zero", "sequence_parallel", "context_attention", "pipeline_schedule", "pipeline_chunks"}
 # The tokens are compared with those that the run began with, so the text may have moved.
 RESUMABLE |= {"data"}
@@ -53,6 +54,7 @@ class TrainCommand(SectionedCommand):
     "--out", type=click.Path(path_type=Path), default=Path("runs/train"), show_default=True, help="Run directory."
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, bit for bit.")
+@click.option("--inexact", is_flag=True, help="With --resume: also where this device or jaxlib rounds otherwise.")
 @click.option("--profile", is_flag=True, help="Trace a few dispatches into OUT/profile, for XProf and Perfetto.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @click.option("--fast/--no-fast", default=True, help="Restart once with huge pages where that is faster.  [fast]")
@@ -65,6 +67,7 @@ def command(
     config_file: Path | None,
     out: Path,
     resume: bool,
+    inexact: bool,
     profile: bool,
     as_json: bool,
     fast: bool,
@@ -84,8 +87,11 @@ def command(
         if stored[1]:
             print(f"notice: {stored[1]}", file=sys.stderr)
         run = _resumed_config(stored[0], settings, values, model_name)
-        execute(run, out=out, resume=True, profile=profile, as_json=as_json, started=started, vocab_given=True)
+        how = {"profile": profile, "as_json": as_json, "started": started, "inexact": inexact}
+        execute(run, out=out, resume=True, vocab_given=True, **how)
         return
+    if inexact:
+        raise ValueError("--inexact goes with --resume: a new run has nothing to be equal to. Leave it away.")
     if saved_steps(out / CHECKPOINTS):
         raise ValueError(f"{out} already holds a run. Go on with --resume, or choose another --out.")
     model = model_config(model_name or "demo")
@@ -158,7 +164,15 @@ def stop_on_interrupt() -> Iterator[StopRequest]:
 
 
 def execute(
-    run: RunConfig, *, out: Path, resume: bool, profile: bool, as_json: bool, started: float, vocab_given: bool
+    run: RunConfig,
+    *,
+    out: Path,
+    resume: bool,
+    profile: bool,
+    as_json: bool,
+    started: float,
+    vocab_given: bool,
+    inexact: bool = False,
 ) -> None:
     """Prepare the data, train, and print how it went."""
     import jax
@@ -182,6 +196,7 @@ def execute(
                 console=console,
                 stopped=lambda: bool(asked),
                 started=started,
+                inexact=inexact,
             )
     except KeyboardInterrupt:
         there = (out / RUN).is_file()

@@ -9,6 +9,8 @@ from gcompute.config.model import ModelConfig
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "adam", "nadamw", "lamb", "sgd")
 REMAT_POLICIES = ("none", "dots", "full")
 PRECISIONS = ("float32", "bfloat16")
+# What is chosen for the device at hand, from its measured roofline.
+AUTO = "auto"
 PIPELINE_SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero-bubble")
 CONTEXT_ATTENTIONS = ("ring", "ulysses")
 MOST_ZERO = 2
@@ -79,17 +81,26 @@ class TrainConfig:
     context_attention: str = option("ring", "how the context axis attends", choices=CONTEXT_ATTENTIONS)
     pipeline_schedule: str = option("1f1b", "order of the pipeline's work", choices=PIPELINE_SCHEDULES)
     pipeline_chunks: int = option(1, "model chunks a pipeline stage, above 1 with the interleaved schedule")
-    precision: str = option("bfloat16", "dtype of matmul operands; results are float32", choices=PRECISIONS)
-    residual: str | None = option(
-        None,
-        "dtype of the residual stream and feed-forward activations (default: float32 on CPU, bfloat16 elsewhere)",
-        choices=PRECISIONS,
+    precision: str = option(
+        AUTO,
+        "dtype of matmul operands; results are float32 (auto: bfloat16 where this device multiplies it faster)",
+        choices=(AUTO, *PRECISIONS),
+    )
+    residual: str = option(
+        AUTO,
+        "dtype of the residual stream and feed-forward activations (auto: float32 on CPU, bfloat16 elsewhere)",
+        choices=(AUTO, *PRECISIONS),
     )
     remat: str = option("none", "what the backward pass recomputes", choices=REMAT_POLICIES)
     unroll: int | None = option(None, "layers a scan step (default: all on CPU, 1 elsewhere)")
     seed: int = option(0, "seed of the initial values and of the order of the data")
     eval_every: int = option(200, "steps between evaluations; 0: only at the end")
-    eval_batches: int | None = option(20, "validation batches an evaluation (the last one covers the whole split)")
+    eval_batches: int | None = option(20, "validation batches per evaluation, spread over the split")
+    final_eval_batches: int | None = option(
+        None,
+        "validation batches of the last evaluation; 0: the whole split (default: as many as make a tenth of the"
+        " training's work, at least eval_batches)",
+    )
     checkpoint_every: int = option(200, "steps between checkpoints; 0: only at the end")
     keep: int = option(3, "checkpoints kept")
     log_every: int = option(
@@ -113,7 +124,7 @@ class TrainConfig:
                 "dispatch_steps",
                 "pipeline_chunks",
             ),
-            at_least_zero=("seed", "eval_every", "checkpoint_every", "zero"),
+            at_least_zero=("seed", "eval_every", "checkpoint_every", "zero", "final_eval_batches"),
         )
         if self.zero > MOST_ZERO:
             raise ValueError(f"zero must be 0, 1 or 2, got {self.zero}: the third stage is the mesh axis fsdp.")

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,6 +24,21 @@ CGROUP_MEMORY_FILES = (
     ),
 )
 
+# Ascending on each architecture, by XLA's names for --xla_cpu_max_isa; what /proc/cpuinfo must list for each.
+INSTRUCTION_SETS = {
+    "SSE4_2": {"sse4_2"},
+    "AVX": {"avx"},
+    "AVX2": {"avx2", "fma"},
+    "AVX512": {"avx2", "fma", "avx512f"},
+    "AVX512_VNNI": {"avx2", "fma", "avx512f", "avx512_vnni"},
+    "AVX512_BF16": {"avx2", "fma", "avx512f", "avx512_bf16"},
+    "AMX": {"avx512f", "avx512_bf16", "amx_tile", "amx_bf16"},
+    "NEON": {"asimd"},
+    "NEON_BF16": {"asimd", "bf16"},
+}
+BFLOAT16_SETS = frozenset({"AVX512_BF16", "AMX", "NEON_BF16"})
+MAX_ISA = re.compile(r"--xla_cpu_max_isa=(\w+)")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
@@ -30,6 +46,7 @@ class Machine:
 
     `cores` are those that this process may use. `device_memory_bytes` is what JAX may allocate on one local device
     (None on CPU).
+    `instruction_set` is the widest of the host's processor that XLA may use, see `instruction_set`.
     `huge_pages` is the kernel's transparent huge page mode; `malloc_huge_pages` whether glibc's malloc asks for them.
     """
 
@@ -42,6 +59,7 @@ class Machine:
     cores: int
     memory_bytes: int
     memory_available_bytes: int
+    instruction_set: str
     huge_pages: str | None
     malloc_huge_pages: bool
     system: str
@@ -73,6 +91,7 @@ def look() -> Machine:
         cores=usable_cores(),
         memory_bytes=memory_bytes,
         memory_available_bytes=memory_available_bytes,
+        instruction_set=instruction_set(),
         huge_pages=huge_page_mode(),
         malloc_huge_pages=malloc_asks_for_huge_pages(os.environ.get("GLIBC_TUNABLES", "")),
         system=f"{platform.system()} {platform.machine()}",
@@ -81,6 +100,22 @@ def look() -> Machine:
         jaxlib=version("jaxlib"),
         flax=version("flax"),
     )
+
+
+def rounding() -> dict[str, str | int]:
+    """What decides how a compiled program rounds: the same program on another of these may differ in its last bits.
+
+    On CPU the instruction set decides how sums are vectorized, and the cores how matmuls are shared out.
+    """
+    backend = jax.default_backend()
+    facts: dict[str, str | int] = {
+        "backend": backend,
+        "device_kind": jax.local_devices()[0].device_kind,
+        "jaxlib": version("jaxlib"),
+    }
+    if backend == "cpu":
+        facts |= {"instruction_set": instruction_set(), "cores": usable_cores()}
+    return facts
 
 
 def usable_cores() -> int:
@@ -114,6 +149,38 @@ def parse_cpu_model(cpuinfo: str) -> str | None:
         if name.strip().lower() == "model name" and value.strip():
             return value.strip()
     return None
+
+
+def instruction_set() -> str:
+    """The widest vector instructions of this processor that XLA may use: XLA_FLAGS can forbid the wider ones."""
+    flag = MAX_ISA.search(os.environ.get("XLA_FLAGS", ""))
+    return parse_instruction_set(_read(CPUINFO_FILE) or "", platform.machine(), limit=flag[1].upper() if flag else None)
+
+
+def parse_instruction_set(cpuinfo: str, machine: str, *, limit: str | None = None) -> str:
+    """The widest of `INSTRUCTION_SETS` that /proc/cpuinfo lists, up to `limit`; `machine` where it lists none.
+
+    >>> parse_instruction_set("flags : fpu avx avx2 fma avx512f avx512_vnni avx512_bf16", "x86_64")
+    'AVX512_BF16'
+    >>> parse_instruction_set("flags : fpu avx avx2 fma avx512f", "x86_64", limit="AVX2")
+    'AVX2'
+    >>> parse_instruction_set("Features : fp asimd bf16", "aarch64")
+    'NEON_BF16'
+    """
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    flags = {flag for name, _, value in lines if name.strip() in ("flags", "Features") for flag in value.split()}
+    found = machine
+    for name, needed in INSTRUCTION_SETS.items():
+        if needed <= flags:
+            found = name
+        if name == limit:
+            break
+    return found
+
+
+def multiplies_bfloat16(instructions: str) -> bool:
+    """Whether a processor of this instruction set multiplies bfloat16 without widening it first."""
+    return instructions in BFLOAT16_SETS
 
 
 def host_memory_bytes() -> tuple[int, int]:

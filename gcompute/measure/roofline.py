@@ -26,6 +26,12 @@ CPU_SIZES, ACCELERATOR_SIZES = (1024, 2048), (4096, 8192)
 # Well past the last level cache of any processor so far, yet little to ask of a small machine.
 CPU_READ_BYTES, ACCELERATOR_READ_BYTES = 256 << 20, 1 << 30
 MIN_REPEATS, MAX_REPEATS = 3, 50
+# On a quiet machine the median of a few repeats lies this near to the shortest; another round is measured again.
+QUIET_SPREAD = 0.1
+# Processes that run or wait for each core, averaged over the last minute, before measuring.
+QUIET_LOAD = 0.5
+MAX_ROUNDS = 3
+MEMORY = "memory"
 PROGRESS_NAME = "measuring the roofline"
 
 # What is done, steps done, steps in all.
@@ -39,6 +45,9 @@ class MeasuredRoofline:
     matmul_flops_per_s: by dtype of the operands; results are float32. "bfloat16" is bfloat16 in, float32 out.
     memory_bytes_per_s: bytes read a second from an array that no cache holds.
     On CPU one device is all the cores that XLA uses. `num_devices_measured` is 1: nothing else ran meanwhile.
+    spread: by dtype and "memory", how far the median of a ceiling's repeats lies above the shortest, as a share of it.
+    load_per_core: the host's load average before measuring, None where the system keeps none.
+    num_sessions: how often it was measured, see `load_or_measure`.
     """
 
     matmul_flops_per_s: dict[str, float]
@@ -46,6 +55,18 @@ class MeasuredRoofline:
     backend: str
     device_kind: str
     num_devices_measured: int
+    spread: dict[str, float]
+    load_per_core: float | None
+    num_sessions: int
+
+    @property
+    def disturbed(self) -> str | None:
+        """Why the ceilings may be too low: other work here, or repeats that differ; None where neither was seen."""
+        reasons = []
+        if self.load_per_core is not None and self.load_per_core > QUIET_LOAD:
+            reasons.append(f"{self.load_per_core:.1f} processes per core were running")
+        reasons += [f"repeats of {name} differ by {by:.0%}" for name, by in self.spread.items() if by > QUIET_SPREAD]
+        return ", ".join(reasons) or None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -64,6 +85,8 @@ class MeasuredRoofline:
                     "matmul_flops_per_s": {name: float(values["matmul_flops_per_s"][name]) for name in DTYPES},
                     "memory_bytes_per_s": float(values["memory_bytes_per_s"]),
                     "num_devices_measured": int(values["num_devices_measured"]),
+                    "spread": {name: float(values["spread"][name]) for name in (*DTYPES, MEMORY)},
+                    "num_sessions": int(values["num_sessions"]),
                 }
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -89,7 +112,8 @@ def measure_roofline(
     """Measure this process's first device within about `seconds`, compiling included.
 
     A ceiling is the best over sizes of the median over repeats (at least 3): 2 size^3 / time for square matrices, bytes
-    / time for a sum over one array. A size that would overrun its share of the time is left out.
+    / time for a sum over one array. A size that would overrun its share of the time is left out. Where repeats disagree
+    something else was running: the ceiling is measured again, up to 3 times, and the best round counts.
 
     Args:
       progress: called with what is measured, how many ceilings are done, and how many there are.
@@ -111,13 +135,14 @@ def measure_roofline(
     report = progress or (lambda what, done, total: None)
     num_ceilings = len(DTYPES) + 1
     share_s = seconds / num_ceilings
-    flops_per_s = {}
+    flops_per_s, spread = {}, {}
+    load_per_core = _load_per_core()
     with jax.default_device(device):
         for index, (name, dtype) in enumerate(DTYPES.items()):
             report(PROGRESS_NAME, index, num_ceilings)
-            flops_per_s[name] = _matmul_flops_per_s(dtype, sizes, share_s=share_s)
+            flops_per_s[name], spread[name] = _best_round(partial(_matmul_flops_per_s, dtype, sizes, share_s=share_s))
         report(PROGRESS_NAME, len(DTYPES), num_ceilings)
-        memory_bytes_per_s = _read_bytes_per_s(read_bytes, share_s=share_s)
+        memory_bytes_per_s, spread[MEMORY] = _best_round(partial(_read_bytes_per_s, read_bytes, share_s=share_s))
     report(PROGRESS_NAME, num_ceilings, num_ceilings)
     return MeasuredRoofline(
         matmul_flops_per_s=flops_per_s,
@@ -125,6 +150,9 @@ def measure_roofline(
         backend=jax.default_backend(),
         device_kind=device.device_kind,
         num_devices_measured=1,
+        spread=spread,
+        load_per_core=load_per_core,
+        num_sessions=1,
     )
 
 
@@ -134,36 +162,80 @@ def load_or_measure(
     """The roofline of this machine from the JSON file `path`, measured and added to it where it is missing.
 
     The file holds one entry for each machine, backend and version (`cache_key`). One that does not parse is measured
-    over, and a file that cannot be written loses the cache, not the measurement.
+    over, and a file that cannot be written loses the cache, not the measurement. One that was measured beside other
+    work is measured again when it is next asked for, up to 3 times in all; what else runs only lowers a ceiling, so the
+    higher of both counts.
     """
     path, key = Path(path), cache_key(look())
     entries = _read_entries(path)
+    kept = None
     if not again and key in entries:
         with contextlib.suppress(ValueError):
-            return MeasuredRoofline.from_dict(entries[key])
+            kept = MeasuredRoofline.from_dict(entries[key])
+    if kept and (kept.disturbed is None or kept.num_sessions >= MAX_ROUNDS):
+        return kept
     roofline = measure_roofline(seconds=seconds, progress=progress)
+    if kept:
+        roofline = _higher(kept, roofline)
     with contextlib.suppress(OSError):
         _write_atomically(path, json.dumps({**entries, key: roofline.to_dict()}, indent=2) + "\n")
     return roofline
 
 
 def cache_key(machine: Machine) -> str:
-    """What a measured roofline depends on: processor, cores, device, jaxlib and huge pages."""
-    parts = (machine.cpu, f"{machine.cores} cores", machine.backend, machine.device_kind, f"jaxlib {machine.jaxlib}")
+    """What a measured roofline depends on: processor, instruction set, cores, device, jaxlib and huge pages."""
+    processor = (machine.cpu, machine.instruction_set, f"{machine.cores} cores")
+    parts = (*processor, machine.backend, machine.device_kind, f"jaxlib {machine.jaxlib}")
     pages = "huge pages" if machine.uses_huge_pages else "small pages"
     return ", ".join(str(part) for part in (*parts, pages))
 
 
-def _matmul_flops_per_s(dtype: Any, sizes: tuple[int, ...], *, share_s: float) -> float:
+def _higher(one: MeasuredRoofline, other: MeasuredRoofline) -> MeasuredRoofline:
+    """The higher of each ceiling of two measurements of one machine, with its spread; the lower load of the two."""
+    flops_per_s, spread = {}, {}
+    for name in DTYPES:
+        best = max((one, other), key=lambda roofline: roofline.matmul_flops_per_s[name])
+        flops_per_s[name], spread[name] = best.matmul_flops_per_s[name], best.spread[name]
+    best = max((one, other), key=lambda roofline: roofline.memory_bytes_per_s)
+    loads = [load for load in (one.load_per_core, other.load_per_core) if load is not None]
+    return dataclasses.replace(
+        other,
+        matmul_flops_per_s=flops_per_s,
+        memory_bytes_per_s=best.memory_bytes_per_s,
+        spread={**spread, MEMORY: best.spread[MEMORY]},
+        load_per_core=min(loads, default=None),
+        num_sessions=one.num_sessions + other.num_sessions,
+    )
+
+
+def _load_per_core() -> float | None:
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (AttributeError, OSError):
+        return None
+
+
+def _best_round(measure_once: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    """The highest of up to MAX_ROUNDS rates, and the spread of its round; the first whose repeats agree is the last."""
+    rounds = []
+    for _ in range(MAX_ROUNDS):
+        rounds.append(measure_once())
+        if rounds[-1][1] <= QUIET_SPREAD:
+            break
+    return max(rounds)
+
+
+def _matmul_flops_per_s(dtype: Any, sizes: tuple[int, ...], *, share_s: float) -> tuple[float, float]:
     program = jax.jit(matmul)
     deadline_s = time.perf_counter() + share_s
-    best = 0.0
+    best = (0.0, 0.0)
     for size in sizes:
-        if best and MIN_REPEATS * 2 * size**3 / best > deadline_s - time.perf_counter():
+        if best[0] and MIN_REPEATS * 2 * size**3 / best[0] > deadline_s - time.perf_counter():
             break
         key_a, key_w = jax.random.split(jax.random.key(0))
         a, w = (jax.random.normal(key, (size, size), jnp.float32).astype(dtype) for key in (key_a, key_w))
-        best = max(best, 2 * size**3 / _median_s(partial(program, a, w), _until(deadline_s, size, sizes)))
+        median_s, spread = _median_s(partial(program, a, w), _until(deadline_s, size, sizes))
+        best = max(best, (2 * size**3 / median_s, spread))
     return best
 
 
@@ -173,17 +245,20 @@ def _until(deadline_s: float, size: int, sizes: tuple[int, ...]) -> float:
     return deadline_s if size == sizes[-1] else deadline_s - 0.75 * left_s
 
 
-def _read_bytes_per_s(num_bytes: int, *, share_s: float) -> float:
+def _read_bytes_per_s(num_bytes: int, *, share_s: float) -> tuple[float, float]:
     deadline_s = time.perf_counter() + share_s
     values = jnp.ones((max(1, num_bytes // 4),), jnp.float32)
-    return values.nbytes / _median_s(partial(jax.jit(jnp.sum), values), deadline_s)
+    median_s, spread = _median_s(partial(jax.jit(jnp.sum), values), deadline_s)
+    return values.nbytes / median_s, spread
 
 
-def _median_s(run: Callable[[], Any], deadline_s: float) -> float:
+def _median_s(run: Callable[[], Any], deadline_s: float) -> tuple[float, float]:
+    """The median time of repeats until the deadline, and how far it lies above the shortest, as a share of that."""
     samples = list(measure(run, repeats=MIN_REPEATS, warmup=2).samples_s)
     while time.perf_counter() < deadline_s and len(samples) < MAX_REPEATS:
         samples += measure(run, repeats=1, warmup=0).samples_s
-    return statistics.median(samples)
+    median_s = statistics.median(samples)
+    return median_s, median_s / min(samples) - 1
 
 
 def _read_entries(path: Path) -> dict[str, Any]:

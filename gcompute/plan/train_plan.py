@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from gcompute.config.architecture import Architecture, architecture
 from gcompute.config.mesh import Axis, MeshShape
 from gcompute.config.model import ModelConfig
-from gcompute.config.train import RunConfig
+from gcompute.config.train import PRECISIONS, RunConfig, TrainConfig
 from gcompute.hardware.target import Target
 from gcompute.plan.accuracy import Accuracy, accuracy_of
 from gcompute.plan.legal import check_mesh
@@ -16,6 +16,7 @@ from gcompute.plan.memory import (
     train_memory,
 )
 from gcompute.plan.params import weight_arrays
+from gcompute.plan.precision import choose_precision, choose_residual
 from gcompute.plan.program_memory import ProgramMemory, program_memory
 from gcompute.plan.tiling import tile_padding
 from gcompute.plan.train_run import TrainRun
@@ -97,7 +98,7 @@ def question_of(run: RunConfig, target: Target, accumulation: int, *, name: str)
     config, mesh = run.train, run.train.mesh
     assert mesh is not None
     model = architecture(run.model, name)
-    residual = config.residual or ("float32" if target.backend == "cpu" else "bfloat16")
+    precision, residual = dtypes_of(config, target)
     planned = TrainRun(
         model=model,
         batch=config.batch,
@@ -105,7 +106,7 @@ def question_of(run: RunConfig, target: Target, accumulation: int, *, name: str)
         mesh=mesh,
         accumulation=accumulation,
         remat=config.remat,
-        precision=config.precision,
+        precision=precision,
         activation_bytes=OPERAND_BYTES[residual],
         state_values=state_values(run.model, run.optimizer.optimizer),
         sequence_parallel=config.sequence_parallel,
@@ -117,6 +118,14 @@ def question_of(run: RunConfig, target: Target, accumulation: int, *, name: str)
     return TrainQuestion(
         run=planned, target=target, config=run.model, optimizer=run.optimizer.optimizer, residual=residual
     )
+
+
+def dtypes_of(config: TrainConfig, target: Target) -> tuple[str, str]:
+    """Precision and residual on `target`: as configured, else what suits its chip."""
+    precision, residual = config.precision, config.residual
+    if precision not in PRECISIONS:
+        precision, _ = choose_precision(target.known.peak_flops_per_s if target.known else {})
+    return precision, residual if residual in PRECISIONS else choose_residual(target.backend)[0]
 
 
 def state_values(config: ModelConfig, optimizer: str) -> float:

@@ -15,6 +15,8 @@ from jaxtyping import Float32, Int32, Integer, UInt64
 
 FEISTEL_ROUNDS = 8
 MASK_64 = (1 << 64) - 1
+# The last evaluation takes about this share of the training's work; a forward pass is a third of a step.
+VALIDATION_SHARE, FORWARD_SHARE = 0.1, 1 / 3
 
 T = TypeVar("T")
 
@@ -155,6 +157,23 @@ class ValidationWindows:
 
     def __len__(self) -> int:
         return -(-self.num_targets // (self.seq * self.batch))
+
+    def sample(self, most: int) -> list[int]:
+        """Which batches stand for the split where `most` are evaluated: always the same, spread evenly over it.
+
+        The files of a split are in order of their names, so its first batches are all of one kind.
+        """
+        return sorted({i * len(self) // most for i in range(min(most, len(self)))})
+
+    def final(self, final_batches: int | None, *, steps: int, eval_batches: int | None) -> int:
+        """Batches of the last evaluation of a run: those configured, 0 for all, or a tenth of `steps`' work.
+
+        Left open it is at least `eval_batches`, all with none given, so that a short run is not mostly validation and a
+        long one is judged on more.
+        """
+        if final_batches is None:
+            final_batches = max(int(VALIDATION_SHARE * steps / FORWARD_SHARE), eval_batches or len(self))
+        return min(final_batches or len(self), len(self))
 
     def __iter__(
         self,

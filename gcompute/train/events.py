@@ -29,11 +29,12 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """Mean validation loss in nats a token; `whole` when it covers the whole split."""
+    """Mean validation loss in nats per token over `num_batches` of the split's `of_batches`."""
 
     step: int
     loss: float
-    whole: bool
+    num_batches: int
+    of_batches: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gcompute.config.train import RunConfig
+from gcompute.measure.machine import rounding
 from gcompute.measure.profile import trace
 from gcompute.model.pretrained import CHECKPOINTS
 from gcompute.plan.train_step import train_flops
@@ -66,13 +67,11 @@ def open_data(run: RunConfig, corpus: TokenizedCorpus) -> tuple[BatchSource, Val
     )
 
 
-def evaluate(programs: Programs, params: Any, windows: ValidationWindows, most: int | None) -> float:
-    """Mean validation loss in nats a token over `most` batches spread over the split, or all of it."""
+def evaluate(programs: Programs, params: Any, windows: ValidationWindows, most: int) -> float:
+    """Mean validation loss in nats per token over `most` batches spread over the split."""
     total = weight = 0.0
     sharding = NamedSharding(programs.batch_sharding.mesh, PartitionSpec(*programs.batch_sharding.spec[1:]))
-    # Spread over the split: its files are in order of their names, so the first batches are all of one kind.
-    chosen = range(len(windows)) if most is None else sorted({i * len(windows) // most for i in range(most)})
-    for batch in map(windows.batch_at, chosen):
+    for batch in map(windows.batch_at, windows.sample(most)):
         losses, weights = programs.evaluate(params, *(place(rows, sharding) for rows in batch))
         total, weight = total + float(losses), weight + float(weights)
     return total / weight
@@ -108,12 +107,17 @@ def train(
     resume: bool = False,
     peak_flops_per_s: float | None = None,
     profile: bool = False,
+    inexact: bool = False,
     report: Report = lambda event: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Train `run` on `corpus`, keeping checkpoints and metrics in `out`; the same losses whenever it is resumed.
 
-    `stopped` is asked between dispatches; when it says yes, the state is saved and the run returns unfinished.
+    `stopped` is asked between dispatches; when it says yes, the state is saved and the run returns unfinished. The last
+    evaluation is over `ValidationWindows.final` batches.
+
+    Args:
+      inexact: resume also where another processor or jaxlib rounds otherwise than the one that saved the checkpoint.
 
     Raises:
       ValueError: configuration, data or checkpoints do not go together.
@@ -125,6 +129,7 @@ def train(
     source, windows = open_data(run, corpus)
     programs = build_programs(run)
     train_config, steps = run.train, run.train.steps
+    final_eval = windows.final(train_config.final_eval_batches, steps=steps, eval_batches=train_config.eval_batches)
     learning_rates = jax.device_get(jax.jit(jax.vmap(make_schedule(run.optimizer, steps)))(np.arange(steps)))
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(programs.abstract_state.params))
     flops = train_flops(run.model, batch=train_config.batch, seq=run.seq).step_flops
@@ -134,6 +139,7 @@ def train(
         "tokenizer": corpus.tokenizer.fingerprint,
         "tokens_sha256": tokens_sha256,
         "mesh": str(programs.mesh),
+        "made_on": rounding(),
     }
     first = jax.process_index() == 0
     val_loss: float | None = None
@@ -152,6 +158,8 @@ def train(
                 f"the data is not what the run in {out} began with: its tokens differ. Give the same text, or start"
                 " another --out."
             )
+        if restored:
+            _check_rounding(restored[1].get("made_on"), meta["made_on"], out, report if inexact else None)
         state = restored[0] if restored else programs.init(jax.random.key(train_config.seed))
         state = dataclasses.replace(state, step=place(np.asarray(state.step), programs.abstract_state.step.sharding))
         step = int(state.step)
@@ -230,12 +238,13 @@ def train(
             report(_progress(step, steps, train_loss, step_s, run.tokens_per_step, flops, peak_flops_per_s))
             ended = step == steps
             if ended or (train_config.eval_every and step % train_config.eval_every == 0):
-                val_loss = evaluate(programs, state.params, windows, None if ended else train_config.eval_batches)
+                most = final_eval if ended else min(train_config.eval_batches or len(windows), len(windows))
+                val_loss = evaluate(programs, state.params, windows, most)
                 if not math.isfinite(val_loss):
                     raise _diverged(f"the validation loss at step {step}", saved)
                 if log:
-                    log.write([{"kind": "eval", "step": step, "loss": val_loss, "whole": ended}])
-                report(Evaluated(step=step, loss=val_loss, whole=ended))
+                    log.write([{"kind": "eval", "step": step, "loss": val_loss, "batches": most}])
+                report(Evaluated(step=step, loss=val_loss, num_batches=most, of_batches=len(windows)))
             if ended or (train_config.checkpoint_every and step % train_config.checkpoint_every == 0):
                 checkpoints.save(state, meta)
                 saved = step
@@ -260,6 +269,20 @@ def train(
         tokens_per_s=run.tokens_per_step / step_s if step_s else None,
         mfu=flops / step_s / peak_flops_per_s if step_s and peak_flops_per_s else None,
     )
+
+
+def _check_rounding(there: dict[str, Any] | None, here: dict[str, Any], out: Path, notify: Report | None) -> None:
+    """Refuse to resume where the same steps round otherwise, or only say so with `notify`."""
+    differ = [name for name in here if there and name in there and there[name] != here[name]]
+    if not differ:
+        return
+    what = ", ".join(f"{name.replace('_', ' ')} {there[name]} there and {here[name]} here" for name in differ if there)
+    if notify is None:
+        raise ValueError(
+            f"the run in {out} cannot go on bit for bit here: {what}. Resume it there, or give --inexact to go on with"
+            " other rounding."
+        )
+    notify(Notice(text=f"the steps from here on round otherwise than those before: {what}."))
 
 
 def _diverged(what: str, saved: int) -> FloatingPointError:

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gcompute.config.mesh import MeshShape
-from gcompute.config.train import RunConfig
+from gcompute.config.train import PRECISIONS, RunConfig
+from gcompute.measure.machine import instruction_set, multiplies_bfloat16
 from gcompute.model.splash import fits_splash
 from gcompute.model.transformer import Execution
 from gcompute.parallel.pipeline.schedule import Schedule, gpipe, interleaved, one_f_one_b, zero_bubble
 from gcompute.parallel.placement import Placement
+from gcompute.plan.precision import choose_residual
 
 # Measured on a 2-core AVX-512 machine: a microbatch whose feed-forward activations, tokens x F in float32, stay near
 # the size of the second-level caches trains a 10M-parameter model 1.4 times as fast as the whole batch at once.
@@ -36,17 +38,27 @@ def resolve_execution(run: RunConfig, mesh: MeshShape, backend: str) -> Executio
     unroll = run.train.unroll or (layers if unrolled else 1)
     whole_sequences = mesh.context == 1 or run.train.context_attention == "ulysses"
     return Execution(
-        compute=jnp.dtype(run.train.precision),
-        residual=jnp.dtype(run.train.residual or default_residual(backend)),
+        compute=jnp.dtype(resolve_precision(run, backend)),
+        residual=jnp.dtype(resolve_residual(run, backend)),
         remat=run.train.remat,
         unroll=min(unroll, layers),
         kernel="splash" if backend == "tpu" and whole_sequences and fits_splash(run.seq) else "xla",
     )
 
 
-def default_residual(backend: str) -> str:
-    """float32 on a CPU, where matmul results are float32 anyway; elsewhere half of it, as most recipes have it."""
-    return "float32" if backend == "cpu" else "bfloat16"
+def resolve_precision(run: RunConfig, backend: str) -> str:
+    """The precision as configured; where it is left open, what the processor multiplies itself, bfloat16 elsewhere.
+
+    A session settles it before, by the measured roofline (`automatic.settle`).
+    """
+    if run.train.precision in PRECISIONS:
+        return run.train.precision
+    return "bfloat16" if backend != "cpu" or multiplies_bfloat16(instruction_set()) else "float32"
+
+
+def resolve_residual(run: RunConfig, backend: str) -> str:
+    """The dtype of the residual stream: as configured, else as `plan.precision.choose_residual` says."""
+    return run.train.residual if run.train.residual in PRECISIONS else choose_residual(backend)[0]
 
 
 def resolve_placement(run: RunConfig, mesh: Mesh, shape: MeshShape) -> Placement:

@@ -1,5 +1,6 @@
 """The measured roofline: its programs, its numbers' sanity, and its cache."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,10 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gcompute.measure import roofline as roofline_module
 from gcompute.measure.machine import look
 from gcompute.measure.roofline import MeasuredRoofline, cache_key, load_or_measure, matmul, measure_roofline
 
 TINY = {"seconds": 0.05, "sizes": (64, 128), "read_bytes": 1 << 20}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """As on a machine that does nothing else, whatever runs beside the tests."""
+    monkeypatch.setattr(roofline_module, "QUIET_SPREAD", float("inf"))
+    monkeypatch.setattr(roofline_module, "_load_per_core", lambda: 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +116,47 @@ def test_from_dict_refuses_nonsense(measured, change):
 def test_refuses_no_time_and_no_sizes(options):
     with pytest.raises(ValueError, match="above 0"):
         measure_roofline(**{**TINY, **options})
+
+
+def test_repeats_that_disagree_are_measured_again_and_the_best_round_counts(monkeypatch):
+    monkeypatch.setattr(roofline_module, "QUIET_SPREAD", 0.1)
+    rounds = iter([(5.0, 0.4), (9.0, 0.3), (8.0, 0.05), (99.0, 0.0)])
+    assert roofline_module._best_round(lambda: next(rounds)) == (9.0, 0.3)
+    assert next(rounds) == (99.0, 0.0)
+    rounds = iter([(5.0, 0.02), (9.0, 0.0)])
+    assert roofline_module._best_round(lambda: next(rounds)) == (5.0, 0.02)
+
+
+def test_a_median_and_its_distance_from_the_shortest(monkeypatch):
+    samples = iter([1.0, 1.5, 2.0])
+
+    class Timed:
+        samples_s = (next(samples), next(samples), next(samples))
+
+    monkeypatch.setattr(roofline_module, "measure", lambda run, **options: Timed)
+    assert roofline_module._median_s(lambda: None, deadline_s=0.0) == (1.5, 0.5)
+
+
+def test_a_disturbed_measurement_says_why(measured):
+    calm = dataclasses.replace(measured, spread=dict.fromkeys(measured.spread, 0.0), load_per_core=0.1)
+    assert calm.disturbed is None
+    assert dataclasses.replace(calm, load_per_core=None).disturbed is None
+    assert dataclasses.replace(calm, load_per_core=1.25).disturbed == "1.2 processes per core were running"
+
+
+def test_one_measured_beside_other_work_is_measured_again_and_keeps_what_is_higher(tmp_path, monkeypatch):
+    monkeypatch.setattr(roofline_module, "_load_per_core", lambda: 2.0)
+    path = tmp_path / "roofline.json"
+    seen = [load(path)]
+    fields = seen[0][0].to_dict()
+    fields["matmul_flops_per_s"]["float32"] = 1e18
+    path.write_text(json.dumps({cache_key(look()): fields}))
+    seen += [load(path) for _ in range(3)]
+    assert [was_measured for _, was_measured in seen] == [True, True, True, False]
+    assert [one.num_sessions for one, _ in seen] == [1, 2, 3, 3]
+    assert all(one.matmul_flops_per_s["float32"] == 1e18 for one, _ in seen[1:])
+    assert seen[-1][0].disturbed
+
+
+def test_an_emulated_processor_has_a_roofline_of_its_own():
+    assert cache_key(look()) != cache_key(dataclasses.replace(look(), instruction_set="SSE4_2"))
