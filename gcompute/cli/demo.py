@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
+from gcompute.cli.demo_size import LADDER, DemoSize, size_demo
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
 from gcompute.cli.flags import SectionedCommand
-from gcompute.config.presets import PRESETS
 from gcompute.config.serve import ServeConfig
-from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from gcompute.config.train import RunConfig
 from gcompute.measure.cache import cache_directory
 
 PROMPTS = (
@@ -31,18 +31,11 @@ REPORT = "report.html"
 
 
 class DemoCommand(SectionedCommand):
-    examples = ("gcompute demo", "gcompute demo --steps 2000 --out runs/longer", "gcompute demo --json")
-
-
-def demo_run(steps: int) -> RunConfig:
-    """What the demo trains: sized for about two minutes on two cores."""
-    return RunConfig(
-        model=PRESETS["demo"],
-        optimizer=OptimizerConfig(
-            optimizer="muon", learning_rate=4e-3, warmup_steps=20, schedule="linear", final_fraction=0.05
-        ),
-        train=TrainConfig(batch=16, steps=steps, eval_every=100, checkpoint_every=100),
-        data=DataConfig(data="stdlib", tokenizer="bpe:4096"),
+    examples = (
+        "gcompute demo",
+        "gcompute demo --minutes 10 --out runs/longer",
+        "gcompute demo --steps 2000 --out runs/long",
+        "gcompute demo --json",
     )
 
 
@@ -50,32 +43,49 @@ def demo_run(steps: int) -> RunConfig:
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Run directory."
 )
-@click.option("--steps", default=400, show_default=True, help="Optimizer steps.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="Time to train for, by the prediction: decides the model and its steps.",
+)
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps.  [as many as the minutes allow]")
 @click.option("--again", is_flag=True, help="Serve and report anew, though a report is there.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @click.option("--fast/--no-fast", default=True, help="Restart once with huge pages where that is faster.  [fast]")
-def command(out: Path, steps: int, again: bool, as_json: bool, fast: bool) -> None:
+def command(out: Path, minutes: float, steps: int | None, again: bool, as_json: bool, fast: bool) -> None:
     """Look at this machine, predict, train on the source text of Python's standard library, serve, report.
 
-    Running it again goes on from where it was; what is finished is reused.
+    The model and its steps are sized by the prediction for about two minutes of training on this machine. Running it
+    again goes on from where it was; what is finished is reused.
     """
     started = time.time()
     restart_fast(fast)
     quiet_backends()
     from rich.console import Console
 
+    console = Console(stderr=True)
+    console.rule("1  this machine")
     from gcompute.cli.machine import show_machine
+    from gcompute.cli.progress import duration
     from gcompute.cli.session import make_directory, measured_roofline
     from gcompute.measure.machine import look
 
-    console = Console(stderr=True)
     make_directory(out)
     use_compilation_cache()
-    console.rule("1  this machine")
     machine = look().to_dict()
-    show_machine(machine, measured_roofline(cache_directory(), console).to_dict(), console)
+    roofline = measured_roofline(cache_directory(), console)
+    show_machine(machine, roofline.to_dict(), console)
     console.rule("2, 3  predict and train")
-    session, baselines = _trained(demo_run(steps), out, started, console)
+    run = _stored(out, steps)
+    if run is None:
+        size = _sized(roofline, minutes=minutes, steps=steps)
+        run = size.run
+        about = f"{size.preset}, {run.train.steps} steps: about {duration(size.predicted_s)} of training (predicted)"
+        larger = f"; {LADDER[0][0]} would take longer" if size.preset != LADDER[0][0] else ""
+        console.print(f"{about}{larger}", highlight=False)
+    session, baselines = _trained(run, out, started, console)
     console.rule("4  serve")
     serving = _served(out, console, again=again)
     console.rule("5  report")
@@ -95,18 +105,41 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def _sized(roofline: Any, *, minutes: float, steps: int | None) -> DemoSize:
+    """What to train, by what the planner says of this machine."""
+    import jax
+
+    from gcompute.cli.session import predict
+    from gcompute.train.automatic import settle
+    from gcompute.train.resolve import default_mesh
+
+    def step_s(run: RunConfig) -> float:
+        settled, _ = settle(run, default_mesh(), jax.default_backend(), roofline.matmul_flops_per_s)
+        return predict(settled, roofline).step.step_s
+
+    return size_demo(step_s, seconds=60 * minutes, steps=steps)
+
+
+def _stored(out: Path, steps: int | None) -> RunConfig | None:
+    """The run that was begun in `out`, with `steps` where they are given; None where there is none to go on with."""
+    from gcompute.cli.run_directory import run_from_plain
+
+    stored = _read(out / "run.json")
+    if stored is None or not any((out / "checkpoints").glob("[0-9]*")):
+        return None
+    run = run_from_plain(stored, source=str(out / "run.json"))
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, steps=steps or run.train.steps))
+
+
 def _trained(run: RunConfig, out: Path, started: float, console: Any) -> tuple[dict[str, Any], dict[str, float]]:
     """The session's plain values and the baselines: kept ones if training is finished, else after finishing it."""
     from gcompute.cli.session import corpus_directory, train_session, write_atomically
-    from gcompute.cli.train import run_from_plain, stop_on_interrupt
+    from gcompute.cli.train import stop_on_interrupt
     from gcompute.train.corpus import prepare
+    from gcompute.train.loop import open_data
     from gcompute.train.ngram import bigram_loss, unigram_loss
 
-    stored = _read(out / "run.json")
-    resume = stored is not None and any((out / "checkpoints").glob("[0-9]*"))
-    if resume and stored is not None:
-        previous = run_from_plain(stored, source=str(out / "run.json"))
-        run = dataclasses.replace(previous, train=dataclasses.replace(previous.train, steps=run.train.steps))
+    resume = any((out / "checkpoints").glob("[0-9]*"))
     kept = _read(out / "session.json")
     if resume and kept and kept["measured"]["step"] >= run.train.steps:
         console.print(f"{out} is trained: {kept['measured']['step']} steps, reused")
@@ -122,16 +155,17 @@ def _trained(run: RunConfig, out: Path, started: float, console: Any) -> tuple[d
             console=console,
             stopped=lambda: bool(asked),
             started=started,
+            inexact=True,
         )
     if not session.result.finished:
         console.print(f"stopped at step {session.result.step}; the same command goes on from there.")
         raise SystemExit(130)
     corpus = prepare(run.data, corpus_directory(cache_directory(), run))
-    vocab = corpus.tokenizer.vocab_size
-    baselines = {
-        "unigram": unigram_loss(corpus.train, corpus.val, vocab),
-        "bigram": bigram_loss(corpus.train, corpus.val, vocab),
-    }
+    _, windows = open_data(session.run, corpus)
+    # The n-gram models are judged on the very tokens that the trained model was judged on.
+    stretches = windows.stretches(session.result.val_batches or len(windows))
+    sides = (corpus.train, corpus.val, corpus.tokenizer.vocab_size, stretches)
+    baselines = {"unigram": unigram_loss(*sides), "bigram": bigram_loss(*sides)}
     values = {**session.to_dict(), "baselines": baselines}
     write_atomically(out / "session.json", json.dumps(values, indent=2) + "\n")
     return values, baselines

@@ -41,13 +41,23 @@ def run_json(run: RunConfig, choices: Choices) -> str:
 
 
 def stored_choices(out: Path) -> Choices | None:
-    """The choices that run.json tells of; None where it does not, as of a run of an older version."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        chosen = json.loads((out / RUN).read_text(encoding="utf-8"))[CHOSEN]
-        reasons = {str(name): str(reason) for name, reason in chosen["reasons"].items()}
-        if reasons.keys() <= {field.name for field in fields(TrainConfig)}:
-            return Choices(mesh=str(chosen["mesh"]), reasons=reasons)
+    """The choices that run.json tells of, or else the newest checkpoint that does; None with neither."""
+    from gcompute.model.pretrained import CHECKPOINTS, saved_steps
+
+    for path in (out / RUN, *(_meta(out, step) for step in reversed(saved_steps(out / CHECKPOINTS)))):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            chosen = json.loads(path.read_text(encoding="utf-8"))[CHOSEN]
+            reasons = {str(name): str(reason) for name, reason in chosen["reasons"].items()}
+            if reasons.keys() <= {field.name for field in fields(TrainConfig)}:
+                return Choices(mesh=str(chosen["mesh"]), reasons=reasons)
     return None
+
+
+def _meta(out: Path, step: int) -> Path:
+    """Where a checkpoint keeps what it says of its run."""
+    from gcompute.model.pretrained import CHECKPOINTS, META
+
+    return out / CHECKPOINTS / str(step) / META / "metadata"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -143,7 +153,7 @@ def stored_run(out: Path) -> tuple[RunConfig, str | None] | None:
     Raises:
       ValueError: neither run.json nor a checkpoint can be read.
     """
-    from gcompute.model.pretrained import CHECKPOINTS, META, saved_steps
+    from gcompute.model.pretrained import CHECKPOINTS, saved_steps
 
     path = out / RUN
     found = path.is_file()
@@ -155,7 +165,7 @@ def stored_run(out: Path) -> tuple[RunConfig, str | None] | None:
             reason = f"is damaged ({error})"
     steps = saved_steps(out / CHECKPOINTS)
     for step in reversed(steps):
-        meta = out / CHECKPOINTS / str(step) / META / "metadata"
+        meta = _meta(out, step)
         with suppress(OSError, ValueError):
             run = run_from_plain(json.loads(meta.read_text(encoding="utf-8")), source=str(meta))
             return run, f"{path} {reason}: the configuration is taken from checkpoint {step}."

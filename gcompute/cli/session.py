@@ -15,6 +15,7 @@ from rich.table import Table
 
 from gcompute.cli.progress import TrainProgress, WorkProgress, duration, share_of_ceiling
 from gcompute.cli.run_directory import (
+    CHOSEN,
     RUN,
     Choices,
     check_outside,
@@ -89,7 +90,8 @@ def corpus_directory(cache: Path, run: RunConfig) -> Path:
     """Where the tokens of this data and tokenizer are kept, so that runs share them."""
     data = run.data
     where = data.data if data.data == "stdlib" else str(Path(data.data).absolute())
-    key = hashlib.sha256(json.dumps([where, data.tokenizer, data.val_fraction]).encode()).hexdigest()[:16]
+    parts = [where, data.tokenizer, data.val_fraction, data.text_mb]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return cache / "corpora" / key
 
 
@@ -259,6 +261,7 @@ def train_session(
                 peak_flops_per_s=roofline.matmul_flops_per_s[run.train.precision] * _roofline_devices(run),
                 profile=profile,
                 inexact=inexact,
+                about={CHOSEN: dataclasses.asdict(choices)},
                 report=report,
                 stopped=stopped,
             )
@@ -326,6 +329,6 @@ def show_result(session: Session, console: Console) -> None:
     if session.time_to_first_step_s:
         table.add_row("time to first step", "", duration(session.time_to_first_step_s))
     if result.val_loss is not None:
-        table.add_row("validation loss, nats a token", "", f"{result.val_loss:.4f}")
+        table.add_row("validation loss, nats per token", "", f"{result.val_loss:.4f}")
     console.print(table)
     console.print(f"checkpoint, metrics.jsonl and {CURVE} in {session.out}")

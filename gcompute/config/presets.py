@@ -37,6 +37,8 @@ PRESETS: dict[str, ModelConfig] = {
         vocab=64, layers=2, dim=32, heads=4, kv_heads=2, ffn=48, context=32, experts=4, capacity_factor=1.25
     ),
     "demo": ModelConfig(vocab=4096, layers=4, dim=256, heads=4, ffn=704, context=256),
+    "demo-mid": ModelConfig(vocab=2048, layers=4, dim=192, heads=4, ffn=512, context=128),
+    "demo-small": ModelConfig(vocab=2048, layers=3, dim=128, heads=4, ffn=352, context=128),
     "nano-small": _nano(layers=4, dim=128, heads=4, context=64),
     "nano-baby": _nano(layers=6, dim=384, heads=6, context=256),
     "llama-100m": ModelConfig(

@@ -26,8 +26,12 @@ class DataConfig:
     data: str = option("stdlib", "stdlib (this Python's own source text), a text file, or a directory of text files")
     tokenizer: str = option("bpe:4096", "byte, char, bpe:VOCAB (trained on the data), or a tokenizer.json")
     val_fraction: float = option(0.1, "share of the text kept for validation (of the files, or the end of one file)")
+    text_mb: float | None = option(
+        None, "megabytes of text to read: whole files chosen evenly, or the start of one file (default: all)"
+    )
 
     def __post_init__(self) -> None:
+        check_numbers(self, positive=("text_mb",))
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {self.val_fraction}.")
 

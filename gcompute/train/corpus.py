@@ -20,7 +20,7 @@ import numpy as np
 
 from gcompute.config.train import DataConfig
 from gcompute.model.tokenizer import Tokenizer
-from gcompute.train.source import Document, Documents, Progress, Source, edges, find_source, split_documents
+from gcompute.train.source import Document, Documents, Progress, Source, edges, find_source, limited, split_documents
 
 FORMAT = 1
 PIECE_CHARACTERS = 1 << 17  # a long text is encoded in pieces, so that all cores have one
@@ -53,7 +53,7 @@ def prepare(
       ValueError: the data is missing, empty, binary or too short, the tokenizer spec is wrong, or `directory` cannot
         be written.
     """
-    source = source or find_source(data.data)
+    source = limited(source or find_source(data.data), data.text_mb)
     progress = progress or (lambda stage, done, total: None)
     made_from = {
         "format": FORMAT,

@@ -163,7 +163,13 @@ class ValidationWindows:
 
         The files of a split are in order of their names, so its first batches are all of one kind.
         """
-        return sorted({i * len(self) // most for i in range(min(most, len(self)))})
+        most = min(most, len(self))
+        return [index * len(self) // most for index in range(most)]
+
+    def stretches(self, most: int) -> list[slice]:
+        """The tokens of those batches, each with the target of its last: for a model that is judged on the same."""
+        size = self.batch * self.seq
+        return [slice(index * size, (index + 1) * size + 1) for index in self.sample(most)]
 
     def final(self, final_batches: int | None, *, steps: int, eval_batches: int | None) -> int:
         """Batches of the last evaluation of a run: those configured, 0 for all, or a tenth of `steps`' work.

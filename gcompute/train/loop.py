@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +37,16 @@ PROFILED_DISPATCHES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """How a run ended. Losses in nats a token; rates are medians over dispatches, compilation left out."""
+    """How a run ended. Losses in nats per token; rates are medians over dispatches, compilation left out.
+
+    val_batches: of the validation split that val_loss is over.
+    """
 
     step: int
     finished: bool
     train_loss: float | None
     val_loss: float | None
+    val_batches: int | None
     num_params: int
     accumulation: int
     compile_s: float
@@ -108,6 +112,7 @@ def train(
     peak_flops_per_s: float | None = None,
     profile: bool = False,
     inexact: bool = False,
+    about: Mapping[str, Any] | None = None,
     report: Report = lambda event: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
@@ -118,6 +123,7 @@ def train(
 
     Args:
       inexact: resume also where another processor or jaxlib rounds otherwise than the one that saved the checkpoint.
+      about: plain values that each checkpoint keeps beside the configuration.
 
     Raises:
       ValueError: configuration, data or checkpoints do not go together.
@@ -135,6 +141,7 @@ def train(
     flops = train_flops(run.model, batch=train_config.batch, seq=run.seq).step_flops
     tokens_sha256 = tokens_fingerprint(corpus)
     meta = {
+        **(about or {}),
         **run.to_dict(),
         "tokenizer": corpus.tokenizer.fingerprint,
         "tokens_sha256": tokens_sha256,
@@ -143,6 +150,7 @@ def train(
     }
     first = jax.process_index() == 0
     val_loss: float | None = None
+    val_batches: int | None = None
     train_loss: float | None = None
     first_step_s: float | None = None
     rates: list[float] = []
@@ -168,6 +176,7 @@ def train(
         log = stack.enter_context(MetricsLog(out / METRICS, last_step=step)) if first else None
         if log and step == steps:
             train_loss, val_loss = (log.last[kind]["loss"] if kind in log.last else None for kind in ("train", "eval"))
+            val_batches = log.last.get("eval", {}).get("batches")
         batches = stack.enter_context(
             Prefetcher(map(source.batch_at, range(step, steps)), depth=2 * programs.dispatch_steps)
         )
@@ -239,11 +248,12 @@ def train(
             ended = step == steps
             if ended or (train_config.eval_every and step % train_config.eval_every == 0):
                 most = final_eval if ended else min(train_config.eval_batches or len(windows), len(windows))
-                val_loss = evaluate(programs, state.params, windows, most)
+                val_loss, val_batches = evaluate(programs, state.params, windows, most), most
                 if not math.isfinite(val_loss):
                     raise _diverged(f"the validation loss at step {step}", saved)
                 if log:
-                    log.write([{"kind": "eval", "step": step, "loss": val_loss, "batches": most}])
+                    sample = {"batches": most, "of_batches": len(windows)}
+                    log.write([{"kind": "eval", "step": step, "loss": val_loss, **sample}])
                 report(Evaluated(step=step, loss=val_loss, num_batches=most, of_batches=len(windows)))
             if ended or (train_config.checkpoint_every and step % train_config.checkpoint_every == 0):
                 checkpoints.save(state, meta)
@@ -259,6 +269,7 @@ def train(
         finished=step >= steps,
         train_loss=train_loss,
         val_loss=val_loss,
+        val_batches=val_batches,
         num_params=num_params,
         accumulation=programs.accumulation,
         compile_s=programs.compile_s,

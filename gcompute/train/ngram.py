@@ -4,6 +4,7 @@ Both are fitted by counting, in one pass over the training tokens, and judged on
 judged on: every validation token but the first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,30 +88,45 @@ def fit_bigram(train: Integer[np.ndarray, "n"], vocab: int) -> Bigram:
     )
 
 
-def unigram_loss(train: Integer[np.ndarray, "n"], val: Integer[np.ndarray, "m"], vocab: int) -> float:
-    """Cross-entropy, in nats a token, of val[1:] under the unigram model of `train`.
+def unigram_loss(
+    train: Integer[np.ndarray, "n"], val: Integer[np.ndarray, "m"], vocab: int, stretches: Sequence[slice] | None = None
+) -> float:
+    """Cross-entropy, in nats per token, of val[1:] under the unigram model of `train`.
+
+    Args:
+      stretches: the parts of `val` to judge, each from the second of its tokens on; all of it by default.
 
     Raises:
       ValueError: val has fewer than 2 tokens, or a token is not in the vocabulary.
     """
-    targets = _targets(val, vocab)
+    _, targets = _pairs(val, vocab, stretches)
     return float(-np.log(fit_unigram(train, vocab))[targets].mean())
 
 
-def bigram_loss(train: Integer[np.ndarray, "n"], val: Integer[np.ndarray, "m"], vocab: int) -> float:
-    """Cross-entropy, in nats a token, of val[1:] given the token before each, under the bigram model of `train`.
+def bigram_loss(
+    train: Integer[np.ndarray, "n"], val: Integer[np.ndarray, "m"], vocab: int, stretches: Sequence[slice] | None = None
+) -> float:
+    """Cross-entropy, in nats per token, of val[1:] given the token before each, under the bigram model of `train`.
+
+    Args:
+      stretches: as in `unigram_loss`.
 
     Raises:
       ValueError: either has fewer than 2 tokens, or a token is not in the vocabulary.
     """
-    targets = _targets(val, vocab)
-    return float(-np.log(fit_bigram(train, vocab).probability(val[:-1], targets)).mean())
+    before, targets = _pairs(val, vocab, stretches)
+    return float(-np.log(fit_bigram(train, vocab).probability(before, targets)).mean())
 
 
-def _targets(val: Integer[np.ndarray, "m"], vocab: int) -> Int64[np.ndarray, "m-1"]:
-    if len(val) < 2:
-        raise ValueError(f"a loss needs at least 2 validation tokens, got {len(val)}: give more text.")
-    return _checked(val[1:], vocab)
+def _pairs(
+    val: Integer[np.ndarray, "m"], vocab: int, stretches: Sequence[slice] | None
+) -> tuple[Int64[np.ndarray, "k"], Int64[np.ndarray, "k"]]:
+    """Each target of the stretches and the token before it."""
+    parts = [val[stretch] for stretch in stretches or [slice(None)]]
+    if min(map(len, parts)) < 2:
+        raise ValueError(f"a loss needs at least 2 validation tokens, got {min(map(len, parts))}: give more text.")
+    before, after = (np.concatenate([part[side] for part in parts]) for side in (slice(None, -1), slice(1, None)))
+    return _checked(before, vocab), _checked(after, vocab)
 
 
 def _checked(tokens: Integer[np.ndarray, "n"], vocab: int) -> Int64[np.ndarray, "n"]:

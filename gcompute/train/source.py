@@ -7,7 +7,7 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -95,6 +95,33 @@ def stdlib_source(root: Path) -> Source:
         raise ValueError(f"this Python has no source text in {str(root)!r}. Give a text file or a directory instead.")
     sizes = [(name, path.stat().st_size) for name, path in paths.items()]
     return Source(name="stdlib", paths=paths, read=_python, fingerprint=digest("stdlib", sys.version, sizes))
+
+
+def limited(source: Source, text_mb: float | None) -> Source:
+    """About `text_mb` megabytes (10^6 bytes) of a source; all of it where that is None.
+
+    Of several files whole ones are taken, at least one, in an order that depends on their names alone, so that they are
+    of all kinds; of one file its first characters.
+    """
+    if text_mb is None:
+        return source
+    left = int(text_mb * 1e6)
+    fingerprint = digest("limited", source.fingerprint, left)
+    if len(source.paths) == 1:
+
+        def beginning(path: Path) -> str | None:
+            text = source.read(path)
+            return None if text is None else text.encode()[:left].decode(errors="ignore")
+
+        return replace(source, read=beginning, fingerprint=fingerprint)
+    taken = []
+    # Another order than that of the split, which would take the files that validate first.
+    for name in sorted(source.paths, key=lambda name: _share(f"{name} limited")):
+        taken.append(name)
+        left -= source.paths[name].stat().st_size
+        if left <= 0:
+            break
+    return replace(source, paths={name: source.paths[name] for name in sorted(taken)}, fingerprint=fingerprint)
 
 
 def split_documents(source: Source, val_fraction: float, progress: Progress) -> Documents:

@@ -14,7 +14,7 @@ from gcompute.config.train import DataConfig
 from gcompute.model.tokenizer import Tokenizer
 from gcompute.train import corpus
 from gcompute.train.corpus import pieces, prepare
-from gcompute.train.source import find_source, split_documents, stdlib_source
+from gcompute.train.source import find_source, limited, split_documents, stdlib_source
 
 PROSE = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n" * 30
 
@@ -432,3 +432,31 @@ def test_a_bad_tokenizer_leaves_nothing(prose, tmp_path, spec):
     with pytest.raises(ValueError, match="tokenizer"):
         prepare(DataConfig(data=prose, tokenizer=spec), tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
+
+
+def test_some_megabytes_of_a_folder_are_whole_files_of_both_splits(tmp_path):
+    for index in range(200):
+        (tmp_path / f"{index}.txt").write_text(f"file {index} " * 50)
+    source = find_source(str(tmp_path))
+    part = limited(source, 0.02)
+    size = sum(path.stat().st_size for path in part.paths.values())
+    assert 0.02e6 <= size < 0.0215e6
+    assert limited(source, 0.02) == part
+    assert set(limited(source, 0.01).paths) < set(part.paths) < set(source.paths)
+    assert part.fingerprint not in (source.fingerprint, limited(source, 0.01).fingerprint)
+    documents = split_documents(part, 0.1, lambda *_: None)
+    assert 0 < len(documents.val) < len(documents.train)
+    assert len(limited(source, 1e-6).paths) == 1
+    assert limited(source, None) is source
+
+
+def test_some_megabytes_of_one_file_are_its_beginning(tmp_path):
+    (tmp_path / "one.txt").write_text("é" * 2000)
+    data = DataConfig(data=str(tmp_path / "one.txt"), tokenizer="char", text_mb=0.001001)
+    corpus = prepare(data, tmp_path / "tokens")
+    assert len(corpus.train) + len(corpus.val) == 500
+
+
+def test_no_megabytes_are_refused():
+    with pytest.raises(ValueError, match="text_mb must be above 0"):
+        DataConfig(text_mb=0)

@@ -265,3 +265,32 @@ def test_the_thread_does_not_outlive_the_with_block_on_an_error():
     with pytest.raises(KeyError, match="consumer"), Prefetcher(itertools.count()):
         raise KeyError("consumer")
     assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def test_a_sample_is_spread_over_the_split_and_its_stretches_are_its_tokens():
+    windows = ValidationWindows(tokens=np.arange(1001, dtype=np.uint16), seq=5, batch=4)
+    assert len(windows) == 50
+    assert windows.sample(5) == [0, 10, 20, 30, 40]
+    assert windows.sample(50) == windows.sample(99) == list(range(50))
+    for index, stretch in zip(windows.sample(7), windows.stretches(7), strict=True):
+        inputs, targets, weights = windows.batch_at(index)
+        tokens = windows.tokens[stretch]
+        np.testing.assert_array_equal(tokens[:-1], inputs.ravel()[weights.ravel() > 0])
+        np.testing.assert_array_equal(tokens[1:], targets.ravel()[weights.ravel() > 0])
+
+
+@pytest.mark.parametrize(
+    ("configured", "steps", "eval_batches", "batches"),
+    [
+        (None, 20, 20, 20),  # a short run is not mostly validation
+        (None, 100, 20, 30),  # a tenth of its work: a forward pass is a third of a step
+        (None, 400, 20, 50),
+        (None, 20, None, 50),
+        (0, 20, 20, 50),
+        (3, 400, 20, 3),
+        (99, 20, 20, 50),
+    ],
+)
+def test_the_last_evaluation_is_sized_by_the_training(configured, steps, eval_batches, batches):
+    windows = ValidationWindows(tokens=np.zeros(1001, np.uint16), seq=5, batch=4)
+    assert windows.final(configured, steps=steps, eval_batches=eval_batches) == batches

@@ -92,6 +92,16 @@ def test_it_beats_add_one_smoothing_by_far_where_pairs_are_sparse():
     assert bigram_loss(train, val, vocab) < add_one - 0.3
 
 
+def test_stretches_are_judged_as_if_they_stood_alone():
+    random = np.random.default_rng(2)
+    train, val = random.integers(0, 7, 300), random.integers(0, 7, 100)
+    stretches = [slice(0, 11), slice(40, 51), slice(90, 120)]
+    for loss in (unigram_loss, bigram_loss):
+        alone = [loss(train, val[stretch], 7) for stretch in stretches]
+        assert loss(train, val, 7, stretches) == pytest.approx(np.average(alone, weights=[10, 10, 9]), rel=1e-12)
+        assert loss(train, val, 7, [slice(None)]) == loss(train, val, 7)
+
+
 def test_pair_codes_of_a_wide_vocabulary_do_not_overflow():
     model = fit_bigram(np.array([199_999, 199_998] * 3, np.uint32), 200_000)
     assert model.probability(np.array([199_999]), np.array([199_998]))[0] > 0.7
