@@ -30,12 +30,14 @@ def main() -> None:
 def serve_checkpoint(request: dict[str, Any], tell: Any) -> None:
     """Serve `request["checkpoint"]` until a line comes, or standard input closes."""
     quiet_backends()
-    config = ServeConfig(**{**request["serve"], "host": "127.0.0.1", "port": 0})
+    asked = ServeConfig(**{**request["serve"], "host": "127.0.0.1", "port": 0})
     use_compilation_cache()
     from gcompute.model.pretrained import load
     from gcompute.serve.engine import Engine
+    from gcompute.serve.precision import settle
     from gcompute.serve.server import background
 
+    config, _ = settle(asked)
     model = load(request["checkpoint"], notice=lambda text: tell(notice=text))
     chip = None
     if request["measure"]:

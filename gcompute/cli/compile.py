@@ -18,7 +18,7 @@ from gcompute.config.mesh import MeshShape
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_config
 from gcompute.config.serve import ServeConfig
-from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from gcompute.config.train import PRECISIONS, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from gcompute.hardware.target import Target
 
 DOES_NOT_FIT = 1
@@ -171,7 +171,7 @@ def serve(
         "attention": attention,
         "tokens": tokens or max(MIXED_TOKENS, served.slots),
         "prompt": prompt or -(-context // 2),
-        "precision": served.precision,
+        "precision": served.precision if served.precision in PRECISIONS else "bfloat16",
         "decode_steps": served.decode_steps,
         "page": served.page,
     }

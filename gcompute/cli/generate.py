@@ -10,6 +10,7 @@ import click
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
 from gcompute.cli.flags import SectionedCommand
 from gcompute.config.serve import ServeConfig
+from gcompute.config.train import AUTO, PRECISIONS
 
 
 class GenerateCommand(SectionedCommand):
@@ -30,7 +31,7 @@ class GenerateCommand(SectionedCommand):
 @click.option("--seed", default=0, show_default=True, help="Seed; the n-th continuation takes seed + n.")
 @click.option("--num", default=1, show_default=True, help="Continuations.")
 @click.option("--stop", multiple=True, help="Stop before this text; may be repeated.")
-@click.option("--precision", default="bfloat16", show_default=True, type=click.Choice(("float32", "bfloat16")))
+@click.option("--precision", default=AUTO, show_default=True, type=click.Choice((AUTO, *PRECISIONS)))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--fast/--no-fast", default=True, help="Restart once with huge pages where that is faster.  [fast]")
 def command(

@@ -45,7 +45,7 @@ def command(
     accepted requests first."""
     restart_fast(fast)
     quiet_backends()
-    config = ServeConfig(**given(ServeConfig, values))
+    asked = ServeConfig(**given(ServeConfig, values))
     use_compilation_cache()
     import jax
     from rich.console import Console
@@ -55,6 +55,7 @@ def command(
     from gcompute.serve.engine import Engine
     from gcompute.serve.native.build import why_not
     from gcompute.serve.position import decode_roofline
+    from gcompute.serve.precision import settle
     from gcompute.serve.request import NotReady
     from gcompute.serve.server import serve
     from gcompute.serve.template import load_template
@@ -62,6 +63,9 @@ def command(
     console = Console(stderr=True)
     notice = lambda text: console.print(f"notice: {text}", soft_wrap=True)  # noqa: E731
     model = load(checkpoint, notice=notice)
+    config, chosen = settle(asked)
+    if chosen:
+        console.print(f"precision {config.precision} ({chosen})", highlight=False)
     roofline = None
     if config.mesh is None or config.mesh.num_devices == 1:
         # Before the engine is there: nothing else runs while the machine is measured, once and for all. The batch of

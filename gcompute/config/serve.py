@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from gcompute.config.fields import check_choices, check_numbers, option
 from gcompute.config.mesh import MeshShape
-from gcompute.config.train import PRECISIONS
+from gcompute.config.train import AUTO, PRECISIONS
 
 POSITIVE = (
     "slots",
@@ -55,7 +55,11 @@ class ServeConfig:
     deterministic: bool = option(False, "the same bits whatever else runs, at a cost in speed")
     timeout_s: float | None = option(None, "longest that a call may take, in seconds (default: no limit)")
     max_body_bytes: int = option(4 << 20, "largest request body; larger ones are answered 413")
-    precision: str = option("bfloat16", "dtype of matmul operands", choices=PRECISIONS)
+    precision: str = option(
+        AUTO,
+        "dtype of matmul operands (auto: bfloat16, or float32 on a CPU that is slower with it)",
+        choices=(AUTO, *PRECISIONS),
+    )
     weights: str | None = option(
         None, "dtype that matmul weights are kept in (default: the precision)", choices=QUANTIZED
     )

@@ -44,7 +44,7 @@ class Budget:
 
 
 def engine_shape(config: ModelConfig, serve: ServeConfig, draft: ModelConfig | None = None) -> EngineShape:
-    """The shape of an engine on this process's devices: the first, or those of `serve.mesh`.
+    """The shape of an engine on this process's devices: the first, or those of `serve.mesh`; its precision is settled.
 
     Raises:
       ValueError: the context or the mesh does not fit the model, the pages of one request do not fit the memory, or the

@@ -4,7 +4,7 @@ import json
 
 from gcompute.config.serve import ServeConfig
 
-LOCAL = ServeConfig(port=0)
+LOCAL = ServeConfig(port=0, precision="bfloat16")
 GREEDY = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
 
 
