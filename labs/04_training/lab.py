@@ -2,8 +2,8 @@
 # # Lab 04: what does a training step cost?
 #
 # You train a small transformer on real text: the source of Python's own `asyncio`. Before each measurement you
-# write down what you expect. About a minute on a laptop; the same cells run on a GPU or a TPU, on one device of
-# however many there are.
+# write down what you expect. About a minute on a fast laptop, up to five on two old cores; the same cells run on a GPU
+# or a TPU, on one device of however many there are.
 #
 # **Question.** The model has 837 thousand parameters, 3.2 MiB in float32. How much memory does one training step
 # need, how long does it take, and what changes when the batch is cut into 8 pieces?
@@ -33,6 +33,7 @@ from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainC
 from gcompute.measure.roofline import load_or_measure
 from gcompute.plan.memory import train_memory
 from gcompute.plan.params import count_params
+from gcompute.plan.precision import choose_precision
 from gcompute.plan.train_step import predict_train_step, train_flops
 from gcompute.train.corpus import prepare
 from gcompute.train.curve import plot_loss
@@ -50,14 +51,18 @@ MODEL = ModelConfig(vocab=corpus.tokenizer.vocab_size, layers=4, dim=128, heads=
 BATCH, SEQ, STEPS, PIECES = 16, MODEL.context, 200, (1, 2, 4, 8)
 TOKENS, MIB = BATCH * SEQ, 2**20
 num_params = count_params(MODEL).total
-print(f"{len(corpus.train):,} training bytes; {num_params:,} parameters; {TOKENS:,} tokens a step")
+print(f"{len(corpus.train):,} training bytes; {num_params:,} parameters; {TOKENS:,} tokens per step")
+roofline = load_or_measure(lab_root() / "roofline.json")
+PRECISION, reason = choose_precision(roofline.matmul_flops_per_s)
+print(f"{PRECISION} ({reason})")
 print(corpus.tokenizer.decode(corpus.train[:160].tolist()))
 
 # %% [markdown]
 # ## Predict
 #
 # Write your own three numbers and run the cell before you read on. A guess is fine; an empty one teaches less. The
-# optimizer is AdamW; matmuls take bfloat16, everything else is float32, and nothing is recomputed.
+# optimizer is AdamW; matmuls take the dtype that this machine multiplies faster (the cell above says which), everything
+# else is float32, and nothing is recomputed.
 
 # %%
 my_memory_mib = None  # memory of one step, in MiB: for instance 40
@@ -66,17 +71,16 @@ my_ratio_of_8_pieces = None  # time of a step in 8 pieces / time of a step in on
 record.predict(memory_mib=my_memory_mib, step_ms=my_step_ms, ratio_of_8_pieces=my_ratio_of_8_pieces)
 
 # %% [markdown]
-# Now the planner's. It knows the model's shape and two ceilings of this machine, measured here: how fast it
+# Now the planner's. It knows the model's shape and two ceilings of this machine, measured above: how fast it
 # multiplies matrices, and how fast it reads memory. It has never seen a training step run.
 
 # %%
-roofline = load_or_measure(lab_root() / "roofline.json")
-peak_flops_per_s = roofline.matmul_flops_per_s["bfloat16"]
+peak_flops_per_s = roofline.matmul_flops_per_s[PRECISION]
 ceilings = {"roofline_flops_per_s": peak_flops_per_s, "memory_bytes_per_s": roofline.memory_bytes_per_s}
 print(f"{roofline.device_kind}: {peak_flops_per_s / 1e9:,.0f} GFLOP/s, {roofline.memory_bytes_per_s / 1e9:,.0f} GB/s")
 planned_memory, planned_s = {}, {}
 for n in PIECES:
-    work = {"batch": BATCH, "seq": SEQ, "accumulation": n, "precision": "bfloat16"}
+    work = {"batch": BATCH, "seq": SEQ, "accumulation": n, "precision": PRECISION}
     planned_memory[n] = train_memory(MODEL, **work)
     planned_s[n] = predict_train_step(MODEL, **work, **ceilings).step_s
     print(f"{n} pieces: {planned_memory[n].total_bytes / MIB:6.1f} MiB, {planned_s[n] * 1e3:6.2f} ms")
@@ -92,6 +96,7 @@ for n in PIECES:
 # %%
 def run_config(pieces, **changes):
     values = {"batch": BATCH, "steps": STEPS, "accumulation": pieces, "mesh": MeshShape(), "checkpoint_every": 0}
+    values["precision"] = PRECISION
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=20)
     return RunConfig(model=MODEL, optimizer=optimizer, train=TrainConfig(**{**values, **changes}), data=DATA)
 
@@ -207,7 +212,7 @@ def report(event):
         print(f"step {event.step}: validation loss {event.loss:.3f} nats a byte")
 
 
-config = run_config(fastest, eval_every=50, eval_batches=4)
+config = run_config(fastest, eval_every=50, eval_batches=4, final_eval_batches=0)
 result = train(config, corpus, out=record.directory, peak_flops_per_s=peak_flops_per_s, report=report)
 sides = (corpus.train, corpus.val, MODEL.vocab)
 baselines = {"unigram": unigram_loss(*sides), "bigram": bigram_loss(*sides)}

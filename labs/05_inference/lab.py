@@ -2,7 +2,7 @@
 # # Lab 05: why is writing slow, and what does batching buy?
 #
 # You serve the transformer of lab 04, and beside it a model whose weights no cache holds. Before each measurement
-# you write down what you expect. About a minute on a laptop; the same cells run on a GPU or a TPU, on one device.
+# you write down what you expect. About a minute on a fast laptop; the same cells run on a GPU or a TPU, on one device.
 #
 # **Question.** A language model reads a prompt in one pass (*prefill*) and then writes one token a pass (*decode*).
 # What does one written token cost, why, and what happens when 8 requests are decoded together?
