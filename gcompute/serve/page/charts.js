@@ -143,7 +143,8 @@ function showRoofline() {
   if (!predicted) return;
   const batch = `${plural(predicted.batch, "request")} of ${plural(predicted.cells, "token")} context`;
   const could = `Predicted: a step for ${batch} takes ${time(predicted.step_s)}, so ${si(predicted.flops_per_s, "FLOP/s")} and ${figures(predicted.tokens_per_s)} tokens/s.`;
-  const did = `Measured: the last step for ${batch} took ${time(measured.step_s)}, so ${si(measured.flops_per_s, "FLOP/s")} and ${figures(measured.tokens_per_s)} tokens/s.`;
+  const above = measured.flops_per_s > predicted.flops_per_s ? " That is above the roof, which was measured too low, or the caches hold what the prediction reads from memory." : "";
+  const did = `Measured: the last step for ${batch} took ${time(measured.step_s)}, so ${si(measured.flops_per_s, "FLOP/s")} and ${figures(measured.tokens_per_s)} tokens/s.${above}`;
   roofChart.move(roofChart.ring, predicted.intensity, predicted.flops_per_s, "", could);
   roofChart.move(roofChart.dot, predicted.intensity, measured.flops_per_s, si(measured.flops_per_s, "FLOP/s"), did);
   batchChart.move(batchChart.ring, predicted.batch, predicted.tokens_per_s, "", could);
