@@ -85,7 +85,7 @@ def command(out: Path, minutes: float, steps: int | None, again: bool, as_json: 
         about = f"{size.preset}, {run.train.steps} steps: about {duration(size.predicted_s)} of training (predicted)"
         larger = f"; {LADDER[0][0]} would take longer" if size.preset != LADDER[0][0] else ""
         console.print(f"{about}{larger}", highlight=False)
-    session, baselines = _trained(run, out, started, console)
+    session, baselines = _trained(run, out, started, roofline, console)
     console.rule("4  serve")
     serving = _served(out, console, again=again)
     console.rule("5  report")
@@ -131,7 +131,9 @@ def _stored(out: Path, steps: int | None) -> RunConfig | None:
     return dataclasses.replace(run, train=dataclasses.replace(run.train, steps=steps or run.train.steps))
 
 
-def _trained(run: RunConfig, out: Path, started: float, console: Any) -> tuple[dict[str, Any], dict[str, float]]:
+def _trained(
+    run: RunConfig, out: Path, started: float, roofline: Any, console: Any
+) -> tuple[dict[str, Any], dict[str, float]]:
     """The session's plain values and the baselines: kept ones if training is finished, else after finishing it."""
     from gcompute.cli.session import corpus_directory, train_session, write_atomically
     from gcompute.cli.train import stop_on_interrupt
@@ -156,6 +158,7 @@ def _trained(run: RunConfig, out: Path, started: float, console: Any) -> tuple[d
             stopped=lambda: bool(asked),
             started=started,
             inexact=True,
+            roofline=roofline,
         )
     if not session.result.finished:
         console.print(f"stopped at step {session.result.step}; the same command goes on from there.")

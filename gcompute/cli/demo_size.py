@@ -46,11 +46,9 @@ def size_demo(step_s: Callable[[RunConfig], float], *, seconds: float, steps: in
       step_s: predicts the seconds of one step of a run.
     """
     least = steps or LEAST_STEPS
-    for preset, vocab in LADDER:
-        run = demo_run(preset, vocab, least)
-        predicted = step_s(run)
-        if least * predicted <= seconds or (preset, vocab) == LADDER[-1]:
-            break
+    *larger, smallest = [(preset, demo_run(preset, vocab, least)) for preset, vocab in LADDER]
+    preset, run = next((one for one in larger if least * step_s(one[1]) <= seconds), smallest)
+    predicted = step_s(run)
     number = steps or max(LEAST_STEPS, min(MOST_STEPS, int(seconds / predicted) // 10 * 10))
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=number))
     return DemoSize(preset=preset, run=run, predicted_s=number * predicted)

@@ -197,10 +197,11 @@ def train_session(
     stopped: Callable[[], bool],
     started: float,
     inexact: bool = False,
+    roofline: MeasuredRoofline | None = None,
 ) -> Session:
     """Prepare, predict, train. `started`: when the command began, in seconds since the epoch.
 
-    inexact: as in `train`.
+    inexact: as in `train`. roofline: this machine's, where it is at hand.
     """
     import jax
 
@@ -226,7 +227,7 @@ def train_session(
         resolve_mesh(run)
         open_data(run, corpus)
         with one_process_first():
-            roofline = measured_roofline(cache, console)
+            roofline = roofline or measured_roofline(cache, console)
         run, reasons = settle(run, shape, jax.default_backend(), roofline.matmul_flops_per_s)
         choices = Choices(mesh=str(shape), reasons={**(kept.reasons if kept else {}), **reasons})
         if first and not (resume and tokenizer_path.is_file()):

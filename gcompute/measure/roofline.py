@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import psutil
 from jaxtyping import Array, Float
 
 from gcompute.measure.machine import Machine, host_memory_bytes, look
@@ -28,8 +29,8 @@ CPU_READ_BYTES, ACCELERATOR_READ_BYTES = 256 << 20, 1 << 30
 MIN_REPEATS, MAX_REPEATS = 3, 50
 # On a quiet machine the median of a few repeats lies this near to the shortest; another round is measured again.
 QUIET_SPREAD = 0.1
-# Processes that run or wait for each core, averaged over the last minute, before measuring.
-QUIET_LOAD = 0.5
+# Of the host's processor time just before measuring, what others may use.
+QUIET_LOAD, LOOK_S = 0.2, 0.2
 MAX_ROUNDS = 3
 MEMORY = "memory"
 PROGRESS_NAME = "measuring the roofline"
@@ -46,7 +47,7 @@ class MeasuredRoofline:
     memory_bytes_per_s: bytes read a second from an array that no cache holds.
     On CPU one device is all the cores that XLA uses. `num_devices_measured` is 1: nothing else ran meanwhile.
     spread: by dtype and "memory", how far the median of a ceiling's repeats lies above the shortest, as a share of it.
-    load_per_core: the host's load average before measuring, None where the system keeps none.
+    load: share of the host's processor time that others used just before (the load average still knows of what ended).
     num_sessions: how often it was measured, see `load_or_measure`.
     """
 
@@ -56,15 +57,15 @@ class MeasuredRoofline:
     device_kind: str
     num_devices_measured: int
     spread: dict[str, float]
-    load_per_core: float | None
+    load: float
     num_sessions: int
 
     @property
     def disturbed(self) -> str | None:
         """Why the ceilings may be too low: other work here, or repeats that differ; None where neither was seen."""
         reasons = []
-        if self.load_per_core is not None and self.load_per_core > QUIET_LOAD:
-            reasons.append(f"{self.load_per_core:.1f} processes per core were running")
+        if self.load > QUIET_LOAD:
+            reasons.append(f"other work took {self.load:.0%} of the processors")
         reasons += [f"repeats of {name} differ by {by:.0%}" for name, by in self.spread.items() if by > QUIET_SPREAD]
         return ", ".join(reasons) or None
 
@@ -86,6 +87,7 @@ class MeasuredRoofline:
                     "memory_bytes_per_s": float(values["memory_bytes_per_s"]),
                     "num_devices_measured": int(values["num_devices_measured"]),
                     "spread": {name: float(values["spread"][name]) for name in (*DTYPES, MEMORY)},
+                    "load": float(values["load"]),
                     "num_sessions": int(values["num_sessions"]),
                 }
             )
@@ -136,7 +138,7 @@ def measure_roofline(
     num_ceilings = len(DTYPES) + 1
     share_s = seconds / num_ceilings
     flops_per_s, spread = {}, {}
-    load_per_core = _load_per_core()
+    load = _load()
     with jax.default_device(device):
         for index, (name, dtype) in enumerate(DTYPES.items()):
             report(PROGRESS_NAME, index, num_ceilings)
@@ -151,7 +153,7 @@ def measure_roofline(
         device_kind=device.device_kind,
         num_devices_measured=1,
         spread=spread,
-        load_per_core=load_per_core,
+        load=load,
         num_sessions=1,
     )
 
@@ -197,22 +199,18 @@ def _higher(one: MeasuredRoofline, other: MeasuredRoofline) -> MeasuredRoofline:
         best = max((one, other), key=lambda roofline: roofline.matmul_flops_per_s[name])
         flops_per_s[name], spread[name] = best.matmul_flops_per_s[name], best.spread[name]
     best = max((one, other), key=lambda roofline: roofline.memory_bytes_per_s)
-    loads = [load for load in (one.load_per_core, other.load_per_core) if load is not None]
     return dataclasses.replace(
         other,
         matmul_flops_per_s=flops_per_s,
         memory_bytes_per_s=best.memory_bytes_per_s,
         spread={**spread, MEMORY: best.spread[MEMORY]},
-        load_per_core=min(loads, default=None),
+        load=min(one.load, other.load),
         num_sessions=one.num_sessions + other.num_sessions,
     )
 
 
-def _load_per_core() -> float | None:
-    try:
-        return os.getloadavg()[0] / (os.cpu_count() or 1)
-    except (AttributeError, OSError):
-        return None
+def _load() -> float:
+    return psutil.cpu_percent(interval=LOOK_S) / 100
 
 
 def _best_round(measure_once: Callable[[], tuple[float, float]]) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from gcompute.config.mesh import MeshShape
 from gcompute.config.train import PRECISIONS, RunConfig
+from gcompute.measure.machine import instruction_set, multiplies_bfloat16
 from gcompute.plan.precision import choose_precision, choose_residual
 from gcompute.train.resolve import resolve_accumulation
 
@@ -22,6 +23,11 @@ def settle(
     chosen, reasons = {}, {}
     if run.train.precision not in PRECISIONS:
         chosen["precision"], reasons["precision"] = choose_precision(matmul_flops_per_s)
+        instructions = instruction_set()
+        if backend == "cpu" and not multiplies_bfloat16(instructions):
+            # A library that XLA calls may know more of the processor than XLA was allowed to use.
+            chosen["precision"] = "float32"
+            reasons["precision"] = f"{instructions} does not multiply bfloat16; {reasons['precision']}"
     if run.train.residual not in PRECISIONS:
         chosen["residual"], reasons["residual"] = choose_residual(backend)
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, **chosen))

@@ -19,7 +19,7 @@ TINY = {"seconds": 0.05, "sizes": (64, 128), "read_bytes": 1 << 20}
 def quiet(monkeypatch):
     """As on a machine that does nothing else, whatever runs beside the tests."""
     monkeypatch.setattr(roofline_module, "QUIET_SPREAD", float("inf"))
-    monkeypatch.setattr(roofline_module, "_load_per_core", lambda: 0.0)
+    monkeypatch.setattr(roofline_module, "_load", lambda: 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +138,13 @@ def test_a_median_and_its_distance_from_the_shortest(monkeypatch):
 
 
 def test_a_disturbed_measurement_says_why(measured):
-    calm = dataclasses.replace(measured, spread=dict.fromkeys(measured.spread, 0.0), load_per_core=0.1)
+    calm = dataclasses.replace(measured, spread=dict.fromkeys(measured.spread, 0.0), load=0.1)
     assert calm.disturbed is None
-    assert dataclasses.replace(calm, load_per_core=None).disturbed is None
-    assert dataclasses.replace(calm, load_per_core=1.25).disturbed == "1.2 processes per core were running"
+    assert dataclasses.replace(calm, load=0.75).disturbed == "other work took 75% of the processors"
 
 
 def test_one_measured_beside_other_work_is_measured_again_and_keeps_what_is_higher(tmp_path, monkeypatch):
-    monkeypatch.setattr(roofline_module, "_load_per_core", lambda: 2.0)
+    monkeypatch.setattr(roofline_module, "_load", lambda: 0.9)
     path = tmp_path / "roofline.json"
     seen = [load(path)]
     fields = seen[0][0].to_dict()

@@ -9,7 +9,7 @@ from gcompute.config.presets import PRESETS
 from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from gcompute.hardware.catalogue import catalogue
 from gcompute.plan.precision import choose_precision
-from gcompute.train import resolve
+from gcompute.train import automatic, resolve
 from gcompute.train.automatic import settle, with_open_microbatches
 
 WITHOUT_BFLOAT16 = {"float32": 71e9, "bfloat16": 48e9}
@@ -27,13 +27,21 @@ def run(**train) -> RunConfig:
 @pytest.mark.parametrize(
     ("measured", "precision"), [(WITHOUT_BFLOAT16, "float32"), (WITH_BFLOAT16, "bfloat16"), (NEARLY, "float32")]
 )
-def test_the_faster_dtype_of_the_measured_roofline(measured, precision):
+def test_the_faster_dtype_of_the_measured_roofline(monkeypatch, measured, precision):
+    monkeypatch.setattr(automatic, "instruction_set", lambda: "AVX512_BF16")
     settled, reasons = settle(run(), MeshShape(), "cpu", measured)
     assert (settled.train.precision, settled.train.residual) == (precision, "float32")
     assert 16 % (settled.train.accumulation or 32) == 0
     assert set(reasons) == {"precision", "residual", "accumulation"}
     assert "GFLOP/s" in reasons["precision"]
     assert settle(settled, MeshShape(), "cpu", WITH_BFLOAT16) == (settled, {})
+
+
+def test_a_processor_that_does_not_multiply_bfloat16_is_not_asked_to(monkeypatch):
+    monkeypatch.setattr(automatic, "instruction_set", lambda: "AVX2")
+    settled, reasons = settle(run(), MeshShape(), "cpu", WITH_BFLOAT16)
+    assert settled.train.precision == "float32"
+    assert "AVX2 does not multiply bfloat16" in reasons["precision"]
 
 
 def test_accelerators_have_bfloat16_streams_and_one_microbatch():
