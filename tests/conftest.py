@@ -3,6 +3,8 @@
 import os
 import signal
 
+from gcompute.aot.xla_flags import FAST_COMPILES, add_flags
+
 # Shells start what runs in the background with Ctrl-C ignored, and so would be the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -13,6 +15,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("NPROC", "64")
 # The tests' own programs are small and many: keeping each on disk would cost more than compiling it.
 os.environ["GCOMPUTE_FAST"] = "0"
-# Tests compile far more than they run: unoptimised machine code halves their time. XLA's own passes all run, and so
-# do the slow tiers that start `gcompute` as a process of its own.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# The slow tiers that start `gcompute` as a process of its own compile with optimized machine code.
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = add_flags("", FAST_COMPILES)
