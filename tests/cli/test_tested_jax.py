@@ -25,10 +25,8 @@ def test_a_newer_jax_is_named_on_standard_error_once(newer, capsys):
     quiet_backends()
     out, err = capsys.readouterr()
     assert out == ""
-    assert (
-        err
-        == f"warning: JAX {newer} is newer than any that gcompute is tested with ({OLDEST_TESTED_JAX} to {NEWEST_TESTED_JAX}).\n"
-    )
+    (line,) = err.splitlines()
+    assert line.startswith(f"warning: JAX {newer} is newer than any")
 
 
 def test_a_command_works_all_the_same(newer, gcompute):
