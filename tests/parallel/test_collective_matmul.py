@@ -21,6 +21,7 @@ from per_device import (
     small_integers,
     tensor_mesh,
 )
+from xla_barriers import GATHERS_OF_X
 
 from gcompute.aot.target import check_installed, target_environment
 from gcompute.config.mesh import Axis
@@ -54,8 +55,8 @@ def test_products_equal_one_device_and_send_n_minus_1_times(size, bidirectional)
     mesh, sends = tensor_mesh(size), (size - 1) * (2 if bidirectional else 1)
     ran = run(partial(column, bidirectional=bidirectional), mesh, *COLUMN, x_BTD, w_DF)
     assert_product(ran, x_BTD, w_DF)
-    # XLA:CPU keeps the pieces of x from the forward pass, so of three rings two are left.
-    assert ran.collectives == ({"collective-permute": 2 * sends} if sends else {})
+    # Rings of x, and one of the sums that are dx.
+    assert ran.collectives == ({"collective-permute": (GATHERS_OF_X + 1) * sends} if sends else {})
     ran = run(partial(row, bidirectional=bidirectional), mesh, *ROW, x_BTF, w_FD)
     assert_product(ran, x_BTF, w_FD)
     assert ran.collectives == ({"collective-permute": 2 * sends} if sends else {})
@@ -71,9 +72,9 @@ def test_each_send_goes_to_a_neighbour_along_the_axis(function, layout, x, w, bi
     assert_product(ran, x, w)
     sends = sent(ran.compiled, mesh)
     rings = [{target % 4 - source % 4 for source, target in one.pairs} for one in sends if one.pairs]
-    forward, backward = {1, -3}, {-1, 3}
-    assert rings.count(forward) == 6
-    assert rings.count(backward) == (6 if bidirectional else 0)
+    forward, backward, num = {1, -3}, {-1, 3}, 3 * (GATHERS_OF_X + 1 if function is column else 2)
+    assert rings.count(forward) == num
+    assert rings.count(backward) == (num if bidirectional else 0)
     assert {one.axes for one in sends if one.pairs} == {(Axis.TENSOR,)}
     assert [one.axes for one in sends if not one.pairs] == [(Axis.DATA,)]  # dw
     piece_bytes = {one.operand_bytes for one in sends if one.pairs}
@@ -120,15 +121,16 @@ def test_feed_forward_equals_one_device_and_sends_to_neighbours_only(size, data,
         relu = {"act": lambda h: jnp.maximum(h, 0)}
         return feed_forward(x, axis=Axis.TENSOR, bidirectional=bidirectional, **relu, **w)
 
-    sends = 2 * (size - 1) * (2 if bidirectional else 1)
+    sends = (size - 1) * (2 if bidirectional else 1)
     layout = ((PIECES, specs), PIECES)
-    assert forward_collectives(split, mesh, *layout, x_BTD, WEIGHTS) == {"collective-permute": sends}
+    assert forward_collectives(split, mesh, *layout, x_BTD, WEIGHTS) == {"collective-permute": 2 * sends}
     ran = run(split, mesh, *layout, x_BTD, WEIGHTS)
     assert_same_bits(ran, one_device_feed_forward, x_BTD, WEIGHTS)
     # Beside the rings, the gradients of what is replicated: the bias over both axes, the matrices over data.
     over_tensor = {one.kind for one in sent(ran.compiled, mesh) if one.axes == (Axis.TENSOR,)}
     assert over_tensor <= {"collective-permute", "all-reduce"}
-    assert ran.collectives["collective-permute"] == 2 * sends
+    # Rings of x, of the sums that are y, of dy and of the sums that are dx.
+    assert ran.collectives["collective-permute"] == (GATHERS_OF_X + 3) * sends
 
 
 def test_what_is_copied_is_narrow_and_what_is_summed_is_wide():
