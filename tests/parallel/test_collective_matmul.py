@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from jax_versions import GATHERS_OF_X
 from per_device import (
     assert_same_bits,
     detected,
@@ -21,7 +22,6 @@ from per_device import (
     small_integers,
     tensor_mesh,
 )
-from xla_barriers import GATHERS_OF_X
 
 from gcompute.aot.target import check_installed, target_environment
 from gcompute.config.mesh import Axis

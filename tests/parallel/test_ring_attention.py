@@ -43,7 +43,7 @@ def problem(kv_heads: int = 2) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray
 class Programs(NamedTuple):
     """The forward pass (q, k, v) -> (o, saved) and the backward pass (saved, do) -> (dq, dk, dv), in float64.
 
-    Apart, as a loop over layers has them: in one program XLA:CPU up to jaxlib 0.11.0 would share work (`xla_barriers`).
+    Apart, as a loop over layers has them: in one program XLA:CPU up to jaxlib 0.11.0 would share work (`jax_versions`).
     """
 
     forward: Any

@@ -9,6 +9,7 @@ import pytest
 from float64 import float64
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax_versions import GATHERS_OF_X
 from per_device import (
     assert_same_bits,
     count_sent,
@@ -21,7 +22,6 @@ from per_device import (
     small_integers,
     tensor_mesh,
 )
-from xla_barriers import GATHERS_OF_X
 
 from gcompute.config.mesh import Axis
 from gcompute.parallel import sequence, tensor
