@@ -36,7 +36,7 @@ COMPILER_OPTIONS = {
 
 
 @cache
-def compiler_options() -> dict[str, str]:
+def compiler_options() -> dict[str, str | bool]:
     """Those of COMPILER_OPTIONS that jaxlib knows."""
     return known_options(COMPILER_OPTIONS, jax.devices("cpu")[0])
 

@@ -183,7 +183,7 @@ def lower_train(
     )
 
 
-def _device_here(mesh: Mesh) -> jax.Device:
+def _device_here(mesh: Mesh) -> Any:
     """A device of `mesh` that this process can compile for by itself: in a job of several, one of its own."""
     return next((one for one in mesh.devices.flat if one.process_index == jax.process_index()), mesh.devices.flat[0])
 
