@@ -3,6 +3,8 @@
 import os
 import signal
 
+import pytest
+
 from gcompute.aot.xla_flags import FAST_COMPILES, add_flags
 
 # Shells start what runs in the background with Ctrl-C ignored, and so would be the programs that tests interrupt.
@@ -18,3 +20,24 @@ os.environ["GCOMPUTE_FAST"] = "0"
 # The slow tiers that start `gcompute` as a process of its own compile with optimized machine code.
 if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = add_flags("", FAST_COMPILES)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `-m oldest`, of the parameters of a test those that its mark names: `@pytest.mark.oldest("ring-2")`.
+
+    Without names all run.
+    """
+    if config.getoption("markexpr") != "oldest":
+        return
+    kept, left_out, found = [], [], {}
+    for item in items:
+        mark, parameters = item.get_closest_marker("oldest"), getattr(item, "callspec", None)
+        named = mark.args if mark and parameters else ()
+        if named:
+            found.setdefault((item.path, item.originalname), set(named)).discard(parameters.id)
+        (left_out if named and parameters.id not in named else kept).append(item)
+    whole = not any("::" in argument for argument in config.args)
+    if whole and (missing := {f"{path.name}::{test}": sorted(ids) for (path, test), ids in found.items() if ids}):
+        raise pytest.UsageError(f"marks named `oldest` name parameters that are not there: {missing}")
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
