@@ -11,6 +11,8 @@ from gcompute.aot.xla_flags import ANSWERS, FAST_COMPILES, add_flags, known_flag
 from gcompute.hardware.target import Target
 from gcompute.serve import few_rows
 
+pytestmark = pytest.mark.oldest
+
 UNKNOWN = "--xla_this_flag_was_never_there=1"
 
 

@@ -20,6 +20,7 @@ def newer(monkeypatch):
     tested_jax.warn_if_untested.cache_clear()
 
 
+@pytest.mark.oldest
 def test_a_newer_jax_is_named_on_standard_error_once(newer, capsys):
     quiet_backends()
     quiet_backends()
@@ -35,6 +36,7 @@ def test_a_command_works_all_the_same(newer, gcompute):
     assert ended.err.count(newer) == 1
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("version", "is_told"),
     [(OLDEST_TESTED_JAX, False), ("0.10.2", False), (f"{NEWEST_TESTED_JAX}.9.1", False), ("0.99", True), ("1.0", True)],

@@ -81,6 +81,7 @@ def test_each_send_goes_to_a_neighbour_along_the_axis(function, layout, x, w, bi
     assert piece_bytes == {x.shape[1] // 4 * D * 4 // (2 if bidirectional else 1)}
 
 
+@pytest.mark.oldest
 def test_gradients_are_rings_too_and_x_goes_round_again():
     sharded = jax.shard_map(column, mesh=tensor_mesh(4), in_specs=COLUMN[0], out_specs=COLUMN[1])
     kept = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(sharded, *a)[1], x_BTD, w_DF))
@@ -111,6 +112,7 @@ def one_device_feed_forward(x, w):
     return hidden @ w["down_fD"] + w["down_bias_D"]
 
 
+@pytest.mark.oldest("2-1-both ways")
 @WAYS
 @pytest.mark.parametrize(("size", "data"), [(2, 1), (4, 2)])
 def test_feed_forward_equals_one_device_and_sends_to_neighbours_only(size, data, bidirectional):

@@ -104,6 +104,7 @@ def test_keys_may_be_scored_in_blocks():
     assert largest_error(programs(2, "zigzag", key_block=4), 2, "zigzag") < 1e-12
 
 
+@pytest.mark.oldest("2-contiguous")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("num_shards", SIZES)
 def test_messages(num_shards, layout):
@@ -251,6 +252,7 @@ TWO_AXES = {
 }
 
 
+@pytest.mark.oldest("context=2,tensor=2")
 @pytest.mark.parametrize("text", TWO_AXES)
 def test_two_axes(text):
     shape, (kv_heads, specs) = MeshShape.parse(text), TWO_AXES[text]

@@ -123,6 +123,7 @@ def close(got, expected):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), got, expected)
 
 
+@pytest.mark.oldest("layer-8-1", "rms-2-1")
 @pytest.mark.parametrize(("norm", "size", "data"), [("rms", 2, 1), ("layer", 8, 1), ("rms", 4, 2)])
 def test_a_block_with_norms_and_residual_equals_one_device(norm, size, data):
     mesh, params = tensor_mesh(size, data), block_params()
@@ -172,6 +173,7 @@ def test_the_gradient_of_a_replicated_scale_is_summed_over_the_pieces():
             jax.shard_map(own_gradient, mesh=mesh, in_specs=specs, out_specs=P())(x, params)
 
 
+@pytest.mark.oldest
 def test_jit_with_these_constraints_does_the_same():
     mesh = tensor_mesh(4)
     weights = {"up_Df": small_integers(5, D, F), "gate_Df": small_integers(6, D, F), "down_fD": small_integers(7, F, D)}

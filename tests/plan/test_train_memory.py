@@ -43,6 +43,7 @@ def test_optimizer_state_is_what_optax_allocates(optimizer, preset):
     assert 0 <= tree_bytes(state) - predicted < 1024
 
 
+@pytest.mark.oldest("gelu-dots")
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize(
     "changes",

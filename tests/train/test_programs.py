@@ -1,8 +1,11 @@
 import dataclasses
 
+import pytest
 from tiny_run import make_run
 
 from gcompute.train.programs import compiler_options
+
+pytestmark = pytest.mark.oldest
 
 
 def test_only_the_tpu_compiler_is_told_to_gather_first_and_only_when_asked():
