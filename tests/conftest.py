@@ -3,6 +3,10 @@
 import os
 import signal
 
+import pytest
+
+from gcompute.aot.xla_flags import FAST_COMPILES, add_flags
+
 # Shells start what runs in the background with Ctrl-C ignored, and so would be the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -13,6 +17,27 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("NPROC", "64")
 # The tests' own programs are small and many: keeping each on disk would cost more than compiling it.
 os.environ["GCOMPUTE_FAST"] = "0"
-# Tests compile far more than they run: unoptimised machine code halves their time. XLA's own passes all run, and so
-# do the slow tiers that start `gcompute` as a process of its own.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# The slow tiers that start `gcompute` as a process of its own compile with optimized machine code.
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = add_flags("", FAST_COMPILES)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `-m oldest`, of the parameters of a test those that its mark names: `@pytest.mark.oldest("ring-2")`.
+
+    Without names all run.
+    """
+    if config.getoption("markexpr") != "oldest":
+        return
+    kept, left_out, found = [], [], {}
+    for item in items:
+        mark, parameters = item.get_closest_marker("oldest"), getattr(item, "callspec", None)
+        named = mark.args if mark and parameters else ()
+        if named:
+            found.setdefault((item.path, item.originalname), set(named)).discard(parameters.id)
+        (left_out if named and parameters.id not in named else kept).append(item)
+    whole = not any("::" in argument for argument in config.args)
+    if whole and (missing := {f"{path.name}::{test}": sorted(ids) for (path, test), ids in found.items() if ids}):
+        raise pytest.UsageError(f"marks named `oldest` name parameters that are not there: {missing}")
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)

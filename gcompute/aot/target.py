@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gcompute.aot.gpu_devices import GPU_DEVICES, XLA_FLAGS, target_description
+from gcompute.aot.xla_flags import add_flags
 from gcompute.hardware.target import CORES_IN_NAME, CPU, Target
 
 INSTALL = {"tpu": "pip install gcompute[tpu-aot]", "gpu": "pip install gcompute[gpu-aot]"}
@@ -55,7 +56,7 @@ def target_environment(target: Target) -> dict[str, str]:
     """Environment variables that a process needs before JAX starts, to compile for `target`."""
     shared = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
     if target.backend == "gpu":
-        return {**shared, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()}
+        return {**shared, "XLA_FLAGS": add_flags(os.environ.get("XLA_FLAGS", ""), XLA_FLAGS)}
     if target.backend == "cpu":
         return {**shared, "JAX_NUM_CPU_DEVICES": str(target.num_devices)}
     cores = math.prod(target.shape) * CORES_IN_NAME.get(target.chip, 1)

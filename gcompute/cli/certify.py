@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from gcompute.aot.target import INSTALL, check_installed, compile_target
+from gcompute.aot.xla_flags import FAST_COMPILES, add_flags
 from gcompute.certify.strategies import STRATEGIES
 from gcompute.cli import certify_serving
 from gcompute.cli.environment import quiet_backends
@@ -27,9 +28,6 @@ RED = 1
 LAST_LINES = 20
 # Of a table that goes to a file or a pipe.
 WIDTH = 140
-# Rows compile hundreds of small programs and run each for milliseconds. This leaves XLA's own passes as they are, and
-# so the program and its collectives, and spends less time on machine code.
-FAST_COMPILES = "--xla_backend_optimization_level=0"
 
 
 class CertifyCommand(SectionedCommand, click.Group):
@@ -138,9 +136,7 @@ command.add_command(certify_serving.command)
 
 def _fake_devices(devices: int) -> None:
     """What JAX must find in the environment when it starts."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_backend_optimization_level" not in flags:
-        flags = f"{flags} {FAST_COMPILES}".strip()
+    flags = add_flags(os.environ.get("XLA_FLAGS", ""), FAST_COMPILES)
     os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(devices), XLA_FLAGS=flags)
 
 

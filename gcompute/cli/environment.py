@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from gcompute.cli.tested_jax import warn_if_untested
 from gcompute.measure.cache import cache_directory
 
 TUNABLE = "glibc.malloc.hugetlb=1"
@@ -46,7 +47,11 @@ def restart_fast(wanted: bool) -> None:
 
 
 def quiet_backends() -> None:
-    """Keep C++ start-up chatter off the terminal, and what Orbax leaves behind; errors still show."""
+    """Keep C++ start-up chatter off the terminal, and what Orbax leaves behind; errors still show.
+
+    Every command that uses JAX calls this before it starts, and so it also names a JAX that is newer than any tested.
+    """
+    warn_if_untested()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     threads_for_fake_devices()
     # Where one file of a checkpoint cannot be written or read, the tasks for the others find their event loop closed,

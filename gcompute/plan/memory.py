@@ -156,7 +156,10 @@ def num_up_matrices(config: ModelConfig) -> int:
 
 
 def activation_keeps(config: ModelConfig) -> int:
-    """Arrays of F that differentiating the feed-forward layer needs, its matmul results and its output among them."""
+    """Arrays of F that differentiating the feed-forward layer needs, its matmul results and its output among them.
+
+    From JAX 0.11.2 on one less for gelu_tanh: of tanh it keeps y alone, before also 1 - y.
+    """
     return {"swiglu": 6, "gelu": 2, "gelu_tanh": 6}[config.activation]
 
 

@@ -55,7 +55,7 @@ def list_programs(limits: Limits) -> tuple[Program, ...]:
 def compile_program(program: Program, weights: Weights, shape: EngineShape) -> Callable[..., Any]:
     """Compile one program for concrete or abstract `weights`; the state that it changes is donated."""
     few = shape.layout is Layout.PAIRED and _num_rows(program, shape) <= few_rows.MOST_ROWS
-    return lower_program(program, weights, shape).compile(few_rows.COMPILER_OPTIONS if few else None)
+    return lower_program(program, weights, shape).compile(few_rows.compiler_options() if few else None)
 
 
 def lower_program(program: Program, weights: Weights, shape: EngineShape) -> jax.stages.Lowered:

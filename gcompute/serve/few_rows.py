@@ -9,12 +9,14 @@ it could change from step to step (`zero`), or XLA does it once for all steps of
 
 import operator
 from collections.abc import Callable
-from functools import reduce
+from functools import cache, reduce
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int8, UInt32
+
+from gcompute.aot.xla_flags import known_options
 
 # Words of a row are added up in this many lanes.
 LANES = 32
@@ -25,11 +27,18 @@ HIGH_HALF = np.uint32(0xFFFF0000)
 # More rows than this are faster in XLA's own products.
 MOST_ROWS = 4
 
-# Leave sums over lanes to the compiler: the library that XLA would give them to takes the fused loop apart.
-COMPILER_OPTIONS: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": "512"}
-if jax.__version_info__ >= (0, 10, 0):
-    # Older ones have neither the library nor the option.
-    COMPILER_OPTIONS["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_DOT"
+# Leave sums over lanes to the compiler: the library that XLA would give them to takes the fused loop apart. Before 0.10
+# jaxlib has neither the library nor the option.
+COMPILER_OPTIONS = {
+    "xla_cpu_prefer_vector_width": "512",
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
+}
+
+
+@cache
+def compiler_options() -> dict[str, str | bool]:
+    """Those of COMPILER_OPTIONS that jaxlib knows."""
+    return known_options(COMPILER_OPTIONS, jax.devices("cpu")[0])
 
 
 def pack(w_OI: Array) -> UInt32[Array, "o w"]:

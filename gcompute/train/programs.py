@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gcompute.aot.xla_flags import known_options
 from gcompute.config.mesh import Axis, MeshShape
 from gcompute.config.train import RunConfig
 from gcompute.model.transformer import Execution, init, param_dims
@@ -167,7 +168,7 @@ def lower_train(
             steps,
             donate_argnums=0,
             out_shardings=(shardings, metrics),
-            compiler_options=compiler_options(run, backend),
+            compiler_options=known_options(compiler_options(run, backend), _device_here(mesh)) or None,
         ).lower(abstract_state, batches, batches, count)
     return TrainProgram(
         lowered=lowered,
@@ -182,14 +183,19 @@ def lower_train(
     )
 
 
-def compiler_options(run: RunConfig, backend: str) -> dict[str, str] | None:
-    """What the compiler of `backend` is told of the train step of `run`, beside its defaults.
+def _device_here(mesh: Mesh) -> Any:
+    """A device of `mesh` that this process can compile for by itself: in a job of several, one of its own."""
+    return next((one for one in mesh.devices.flat if one.process_index == jax.process_index()), mesh.devices.flat[0])
+
+
+def compiler_options(run: RunConfig, backend: str) -> dict[str, str]:
+    """What the compiler of `backend` is told of the train step of `run`, where it knows the option.
 
     The TPU compiler multiplies by the pieces of a matrix as they come round a ring, rather than gather it first, where
     the matrix is larger than this threshold.
     """
     if backend != "tpu" or run.train.collective_matmul:
-        return None
+        return {}
     return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 

@@ -14,6 +14,7 @@ def along(shape: tuple[int, ...], dims: tuple[int, ...]) -> set[frozenset[int]]:
     return {frozenset(group) for group in groups.values()}
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("text", "shape", "dims"),
     [

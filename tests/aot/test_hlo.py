@@ -61,6 +61,7 @@ ONE = {
 }
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", ONE)
 def test_one_collective(name: str, mesh: Mesh):
     f, in_spec, out_spec, kind, axes, operand, result, sent = ONE[name]
@@ -86,6 +87,7 @@ def test_half_an_axis_is_no_axis(mesh: Mesh):
     assert found.group_size == 2
 
 
+@pytest.mark.oldest
 def test_loops_multiply(mesh: Mesh):
     def inner(x, _):
         return jax.lax.ppermute(x, Axis.TENSOR, RING), None

@@ -47,6 +47,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(args: list[str], said:
     assert error.count("\n") == 1
 
 
+@pytest.mark.oldest
 def test_counts_kernels_by_name():
     text = """HloModule m, num_partitions=1
 

@@ -23,6 +23,7 @@ from gcompute.hardware.target import Target
 P = PartitionSpec
 
 
+@pytest.mark.oldest
 def test_an_update_on_eight_devices():
     mesh = Mesh(np.array(jax.devices()), (Axis.FSDP,), axis_types=(AxisType.Auto,))
     split, whole = NamedSharding(mesh, P(Axis.FSDP)), NamedSharding(mesh, P())
@@ -98,6 +99,7 @@ Total bytes: 100663296 (96.00MiB)
 """
 
 
+@pytest.mark.oldest
 def test_largest_buffers():
     assert parse_largest(USAGE) == (
         Buffer(size_bytes=int(4.5 * 2**30), arrays="bf16[8,64], 5×f32[8,64], (u32[], pred[2]) and 2 more"),
@@ -140,6 +142,7 @@ host_transfers {
 """
 
 
+@pytest.mark.oldest
 def test_transfers_between_slices():
     assert parse_transfers(TRANSFERS) == {
         "psum.7_0": ((100000, 300000), (100001, 300001)),

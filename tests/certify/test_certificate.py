@@ -85,6 +85,7 @@ def test_what_rows_certify_exists():
             assert callable(getattr(importlib.import_module(f"gcompute.parallel.{module}"), function))
 
 
+@pytest.mark.oldest
 def test_names_are_rows_of_their_own():
     for form in (Recipe, Case):
         names = [one.name for one in EVERYTHING if isinstance(one, form)]
@@ -93,6 +94,7 @@ def test_names_are_rows_of_their_own():
     assert {strategy for one in EVERYTHING for strategy in one.strategies} == {*STRATEGIES, "one device"}
 
 
+@pytest.mark.oldest
 def test_a_strategy_selects_its_rows_and_one_device():
     rows = select("tensor", devices=8).subjects
     assert {"one device", "tensor=2", "data=2,fsdp=2,tensor=2", "tensor.row_parallel"} <= {one.name for one in rows}

@@ -20,6 +20,7 @@ def row(**fields):
     return Row(name="data=2", form="trainer", strategies=("data",), **fields)
 
 
+@pytest.mark.oldest
 def test_an_error_within_its_limit_is_green_and_nan_never():
     assert check(1e-12).passed
     assert not check(1e-10).passed
@@ -27,6 +28,7 @@ def test_an_error_within_its_limit_is_green_and_nan_never():
     assert not check(math.inf).passed
 
 
+@pytest.mark.oldest
 def test_a_row_is_red_for_a_number_or_a_fault_and_says_why():
     assert row(checks=(check(0.0),)).verdict is Verdict.EQUAL
     red = row(checks=(check(1e-3, where="blocks/mlp/up_DF"),))
@@ -60,12 +62,14 @@ def test_a_tree_of_zeros_must_be_zeros():
     assert relative_errors({"x": [0.0, 3.0]}, {"x": [0.0, 0.0]}) == {"x": 3.0}
 
 
+@pytest.mark.oldest
 def test_json_holds_what_json_can():
     text = json.dumps(row(checks=(check(math.nan), check(1.0, band=0.0))).to_dict(), allow_nan=False)
     errors = [one["error"] for one in json.loads(text)["checks"]]
     assert errors == ["nan", 1.0]
 
 
+@pytest.mark.oldest
 def test_collectives_missing_foreign_and_of_no_axis():
     wanted = {"fsdp": expect("all-gather", "all-reduce|reduce-scatter")}
     assert (

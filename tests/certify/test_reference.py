@@ -78,6 +78,7 @@ def trained():
         return config, flat(params), reference_training(params, inputs, targets, TINY, config)
 
 
+@pytest.mark.oldest
 def test_the_first_step_of_adamw_is_that_of_the_paper(trained):
     config, params, seen = trained
     # After one step both bias corrections cancel: m / (1 - b1) = g and v / (1 - b2) = g^2.
@@ -108,6 +109,7 @@ def test_a_gradient_is_the_slope_of_the_loss(trained):
             )
 
 
+@pytest.mark.oldest
 def test_schedules_begin_and_end_where_they_say():
     for schedule, last in (("cosine", 0.55), ("linear", 0.55), ("constant", 1.0), ("wsd", 1.0)):
         config = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_steps=4, final_fraction=0.1)
@@ -121,6 +123,7 @@ def test_only_two_optimizers_are_written_out():
         reference_training({}, np.zeros((0, 1, 1)), np.zeros((0, 1, 1)), TINY, OptimizerConfig(optimizer="lion"))
 
 
+@pytest.mark.oldest
 def test_a_full_expert_drops_who_comes_later():
     config = ModelConfig(
         vocab=5, layers=1, dim=2, heads=1, ffn=2, experts=2, experts_per_token=1, capacity_factor=0.5, activation="gelu"

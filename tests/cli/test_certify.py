@@ -27,6 +27,7 @@ def certificate(environment, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return result, page.read_text(encoding="utf-8")
 
 
+@pytest.mark.oldest
 def test_the_quick_certificate_is_green(certificate):
     result, _ = certificate
     assert result["counts"]["differs"] == 0
@@ -124,6 +125,7 @@ def test_on_a_tpu_topology_the_collectives_are_those_expected(tmp_path: Path):
     assert all(set(row["collectives"]) == {"cpu", "v5e:2x4"} for row in equal)
 
 
+@pytest.mark.oldest
 def test_the_proof_of_serving_is_told_in_tables(capsys):
     from gcompute.cli.certify_serving import show
 
@@ -158,6 +160,7 @@ def test_the_proof_of_serving_is_told_in_tables(capsys):
     assert "80 tokens/s in the deterministic mode, 100 in the default: 0.80 of its speed." in out
 
 
+@pytest.mark.oldest("arguments3-does not exist")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from command_line import Command
 
 from gcompute.hardware.catalogue import catalogue
 
 
+@pytest.mark.oldest
 def test_all_as_table_and_json(gcompute: Command):
     table = gcompute("chips")
     assert table.status == 0
@@ -17,6 +19,7 @@ def test_all_as_table_and_json(gcompute: Command):
     assert chips["v6e"]["figures"]["usable_hbm_bytes"]["unit"] == "GiB"
 
 
+@pytest.mark.oldest
 def test_one_with_its_sources(gcompute: Command):
     shown = gcompute("chips", "h100-sxm")
     assert shown.status == 0

@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 from click.testing import CliRunner
 
 from gcompute.cli.exam import command
 
 
+@pytest.mark.oldest
 def test_json():
     done = CliRunner().invoke(command, ["--json"])
     assert done.exit_code == 0, done.output

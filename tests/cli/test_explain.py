@@ -33,6 +33,7 @@ def test_the_optimizer_that_zero_splits(gcompute: Command):
     assert split["bytes_per_device"] - 8 == (whole["bytes_per_device"] - 8) // 4
 
 
+@pytest.mark.oldest
 def test_a_table_and_a_picture(gcompute: Command, tmp_path: Path):
     picture = tmp_path / "mlp.png"
     shown = gcompute("explain", "test", "--mesh", "fsdp=2,tensor=2", "--tensor", "mlp.", "--plot", picture)

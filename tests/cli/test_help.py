@@ -15,6 +15,7 @@ from gcompute.config.model import ModelConfig
 from gcompute.config.train import DataConfig, OptimizerConfig, TrainConfig
 
 
+@pytest.mark.oldest
 def test_without_arguments_every_command_is_listed_with_an_example(gcompute: Command):
     ended = gcompute()
     assert ended.status == 0
@@ -23,6 +24,7 @@ def test_without_arguments_every_command_is_listed_with_an_example(gcompute: Com
         assert f"$ gcompute {name}" in ended.out
 
 
+@pytest.mark.oldest("bench", "certify")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_shows_examples_that_parse(name: str, gcompute: Command):
     ended = gcompute(name, "--help")
@@ -76,6 +78,7 @@ def test_help_loads_no_jax_and_is_quick():
     assert min(seconds) < 0.3
 
 
+@pytest.mark.oldest
 def test_a_toml_file_says_what_flags_say(gcompute: Command, words: Path, tmp_path: Path):
     flags = [
         *TINY,

@@ -54,6 +54,7 @@ def plain(cost: Run, *args: str | Path) -> dict[str, Any]:
     return json.loads(cost(*args, "--json"))
 
 
+@pytest.mark.oldest
 def test_the_table_says_of_every_number_what_it_is(cost: Run):
     shown = cost(*H100)
     for line in (
@@ -194,6 +195,7 @@ def test_a_chip_without_power_or_a_file_that_cannot_be_written(cost: Run, chip_f
         cost(*H100, "--plot", taken)
 
 
+@pytest.mark.oldest
 def test_help_ends_in_examples_that_run(cost: Run, chip_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shown = cost("--help")
     assert "Examples:" in shown

@@ -114,6 +114,7 @@ def test_what_does_not_fit(gcompute: Command):
     assert many["most_concurrency"] < 1000000
 
 
+@pytest.mark.oldest("v7x:2x2x1")
 @pytest.mark.parametrize(
     "target",
     ["v5e:1x1", "v5e:4x4", "v5p:2x2x1", "v7x:2x2x1", "v3:2x2", "h100:8", "gb200:72", "mi300x:8", "t4:1", "l4:8"],
@@ -145,6 +146,7 @@ def test_this_machine(gcompute: Command):
     assert document["load"]["tokens_per_s"] > 0
 
 
+@pytest.mark.oldest(".png-\\x89PNG")
 @pytest.mark.parametrize(("suffix", "starts"), [(".png", b"\x89PNG"), (".html", b"<!doctype html>")])
 def test_pictures(gcompute: Command, tmp_path: Path, suffix: str, starts: bytes):
     path = tmp_path / f"curve{suffix}"
@@ -213,6 +215,7 @@ def test_bad_price_files(gcompute: Command, tmp_path: Path, figure: str):
     assert "v5e" in one_line(gcompute(*PLAN, "--chips", prices))
 
 
+@pytest.mark.oldest
 def test_proving_needs_the_compiler(gcompute: Command, monkeypatch: pytest.MonkeyPatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

@@ -185,6 +185,7 @@ def test_a_hugging_face_file(gcompute: Command, tmp_path: Path):
     assert "not a model of the trainer" in one_line(gcompute("plan", "train", path, "--on", "v5p:2x2x2", "--prove"))
 
 
+@pytest.mark.oldest
 def test_this_machine(gcompute: Command):
     ended = gcompute("plan", "train", "demo", "--on", "this", "--batch", "4", "--json")
     assert ended.status == 0, ended.err
@@ -198,6 +199,7 @@ def test_this_machine(gcompute: Command):
     assert "not understood" in gcompute("plan", "train", "demo", "--on", "this:0").error
 
 
+@pytest.mark.oldest(".html-<!doctype html>")
 @pytest.mark.parametrize(("suffix", "starts"), [(".png", b"\x89PNG"), (".html", b"<!doctype html>")])
 def test_pictures(gcompute: Command, tmp_path: Path, suffix: str, starts: bytes):
     path = tmp_path / f"roofline{suffix}"
@@ -367,6 +369,7 @@ def test_no_jax_is_loaded(code: str):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.oldest
 def test_several_targets_ranked_by_cost(gcompute: Command):
     asked = (
         "plan",

@@ -231,6 +231,7 @@ def test_resuming_on_other_text(gcompute: Command, words: Path, run_copy: Path, 
     assert snapshot(run_copy) == before
 
 
+@pytest.mark.oldest('{"model": {}}')
 @pytest.mark.parametrize(
     "damage", [b"", b"{", b"[]", b'{"model": {}}', b'{"model": 3, "optimizer": 1, "train": 1, "data": 1}']
 )

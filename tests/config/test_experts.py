@@ -35,6 +35,7 @@ def test_a_factor_counts_as_the_decimal_that_it_is_written_as():
     assert config.capacity(100) == 55
 
 
+@pytest.mark.oldest
 def test_without_a_factor_there_is_room_for_all():
     assert MIXTRAL.capacity(4096) == 4096
     assert PRESETS["gpt2"].capacity(7) == 7

@@ -47,6 +47,7 @@ def test_our_own_files(tmp_path: Path):
     assert from_plain(type(config), values, source="here")["dim"] == 32
 
 
+@pytest.mark.oldest
 def test_a_hugging_face_file_or_its_directory(tmp_path: Path):
     path = written(tmp_path / "config.json", {**LLAMA, "surprise": 3})
     for name in (path, str(tmp_path)):

@@ -31,6 +31,17 @@ def _marked(problem: Problem):
     return pytest.param(problem, id=problem.id, marks=[missing] if problem.id in MISSES else [])
 
 
+@pytest.mark.oldest(
+    "18b-experts",
+    "allgather-ring",
+    "decode-ways",
+    "gather-beside-tensor",
+    "l70-fsdp-only",
+    "l70-mixed",
+    "l70-queries",
+    "l70-throughput",
+    "quadratic-tokens",
+)
 @pytest.mark.parametrize("problem", [_marked(problem) for problem in PROBLEMS])
 def test_within_tolerance(problem: Problem):
     found = solved(problem)
@@ -46,6 +57,7 @@ def test_names_are_unique():
     assert len(names) == len(set(names)) >= 60
 
 
+@pytest.mark.oldest("l70-params")
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_public_half_is_as_it_was_set(name: str):
     problem = find_problem(name)

@@ -70,6 +70,7 @@ def test_wraparound():
     assert legal_slices(2, 256)[-1] == (16, 16)
 
 
+@pytest.mark.oldest
 def test_a_users_file_adds_and_replaces(with_file):
     chips = with_file(NEW + f"[chips.v5e]\nusd_per_hour = {PRICE % (0.9, 'USD/h')}")
     assert chips["v5e"].usd_per_hour == 0.9

@@ -163,6 +163,7 @@ def test_exercise_05_names_the_mistake(answer, hint):
 # The record of a lab --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oldest
 def test_record_keeps_the_prediction_that_was_committed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GCOMPUTE_LAB_OUT", str(tmp_path))
     record = Record("lab")

@@ -13,6 +13,7 @@ from gcompute.measure import machine
 from gcompute.measure.machine import look, malloc_asks_for_huge_pages, parse_cpu_model, parse_huge_page_mode
 
 
+@pytest.mark.oldest
 def test_look_agrees_with_jax_and_the_system():
     seen = look()
     assert seen.backend == jax.default_backend()
@@ -56,6 +57,7 @@ def test_absent_files_are_none(tmp_path, monkeypatch):
         assert machine.cpu_model() is None
 
 
+@pytest.mark.oldest
 def test_parses():
     assert parse_huge_page_mode("[always] madvise never\n") == "always"
     assert parse_huge_page_mode("nothing\n") is None

@@ -14,6 +14,7 @@ from gcompute.measure import profile
 from gcompute.measure.profile import device_memory, process_peak_bytes, trace
 
 
+@pytest.mark.oldest
 def test_trace_writes_what_both_viewers_read(tmp_path):
     def named_program(x):
         return jnp.tanh(x) @ x
@@ -57,6 +58,7 @@ def test_files_of_a_trace_that_has_not_ended(tmp_path):
     assert files.perfetto.is_file()
 
 
+@pytest.mark.oldest
 def test_device_memory_says_which():
     memory = device_memory()
     assert memory["source"] in ("device allocator", "process peak RSS")

@@ -27,6 +27,7 @@ def measured():
     return measure_roofline(**TINY)
 
 
+@pytest.mark.oldest
 def test_matmul_is_a_matrix_product_with_a_float32_result():
     a, w = np.arange(12.0).reshape(3, 4), np.arange(8.0).reshape(4, 2)
     for dtype in (jnp.float32, jnp.bfloat16):
@@ -51,6 +52,7 @@ def test_progress_counts_up_to_the_end():
     assert reports == [(done, 3) for done in range(4)]
 
 
+@pytest.mark.oldest
 def test_a_size_that_would_overrun_is_left_out():
     # 2 x 32768^3 operations are minutes of a processor: the test would not end if the size were tried.
     assert measure_roofline(seconds=0.05, sizes=(64, 32768), read_bytes=1 << 20).matmul_flops_per_s["float32"] > 0

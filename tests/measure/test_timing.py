@@ -7,6 +7,7 @@ import pytest
 from gcompute.measure.timing import Timing, measure
 
 
+@pytest.mark.oldest
 def test_counts_warm_up_and_repeats():
     calls = []
     timing = measure(lambda x: calls.append(x) or x, 1.0, repeats=4, warmup=3)

@@ -75,6 +75,7 @@ def check(found, wanted):
     np.testing.assert_array_equal(stats.load_E, wanted.load)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("factor", [0.75, None])
 def test_one_device_is_the_textbook(factor):
     config = dataclasses.replace(CONFIG, capacity_factor=factor)

@@ -9,6 +9,7 @@ from textbook_attention import causal_attention
 from gcompute.model.splash import fits_splash, splash_attention
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("kv_heads", [1, 2], ids=["grouped", "each its own"])
 def test_the_kernel_is_causal_attention_with_its_gradients(kv_heads: int):
     rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from jax_versions import GATHERS_OF_X
 from per_device import (
     assert_same_bits,
     detected,
@@ -54,8 +55,8 @@ def test_products_equal_one_device_and_send_n_minus_1_times(size, bidirectional)
     mesh, sends = tensor_mesh(size), (size - 1) * (2 if bidirectional else 1)
     ran = run(partial(column, bidirectional=bidirectional), mesh, *COLUMN, x_BTD, w_DF)
     assert_product(ran, x_BTD, w_DF)
-    # XLA:CPU keeps the pieces of x from the forward pass, so of three rings two are left.
-    assert ran.collectives == ({"collective-permute": 2 * sends} if sends else {})
+    # Rings of x, and one of the sums that are dx.
+    assert ran.collectives == ({"collective-permute": (GATHERS_OF_X + 1) * sends} if sends else {})
     ran = run(partial(row, bidirectional=bidirectional), mesh, *ROW, x_BTF, w_FD)
     assert_product(ran, x_BTF, w_FD)
     assert ran.collectives == ({"collective-permute": 2 * sends} if sends else {})
@@ -71,15 +72,16 @@ def test_each_send_goes_to_a_neighbour_along_the_axis(function, layout, x, w, bi
     assert_product(ran, x, w)
     sends = sent(ran.compiled, mesh)
     rings = [{target % 4 - source % 4 for source, target in one.pairs} for one in sends if one.pairs]
-    forward, backward = {1, -3}, {-1, 3}
-    assert rings.count(forward) == 6
-    assert rings.count(backward) == (6 if bidirectional else 0)
+    forward, backward, num = {1, -3}, {-1, 3}, 3 * (GATHERS_OF_X + 1 if function is column else 2)
+    assert rings.count(forward) == num
+    assert rings.count(backward) == (num if bidirectional else 0)
     assert {one.axes for one in sends if one.pairs} == {(Axis.TENSOR,)}
     assert [one.axes for one in sends if not one.pairs] == [(Axis.DATA,)]  # dw
     piece_bytes = {one.operand_bytes for one in sends if one.pairs}
     assert piece_bytes == {x.shape[1] // 4 * D * 4 // (2 if bidirectional else 1)}
 
 
+@pytest.mark.oldest
 def test_gradients_are_rings_too_and_x_goes_round_again():
     sharded = jax.shard_map(column, mesh=tensor_mesh(4), in_specs=COLUMN[0], out_specs=COLUMN[1])
     kept = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(sharded, *a)[1], x_BTD, w_DF))
@@ -110,6 +112,7 @@ def one_device_feed_forward(x, w):
     return hidden @ w["down_fD"] + w["down_bias_D"]
 
 
+@pytest.mark.oldest("2-1-both ways")
 @WAYS
 @pytest.mark.parametrize(("size", "data"), [(2, 1), (4, 2)])
 def test_feed_forward_equals_one_device_and_sends_to_neighbours_only(size, data, bidirectional):
@@ -120,15 +123,16 @@ def test_feed_forward_equals_one_device_and_sends_to_neighbours_only(size, data,
         relu = {"act": lambda h: jnp.maximum(h, 0)}
         return feed_forward(x, axis=Axis.TENSOR, bidirectional=bidirectional, **relu, **w)
 
-    sends = 2 * (size - 1) * (2 if bidirectional else 1)
+    sends = (size - 1) * (2 if bidirectional else 1)
     layout = ((PIECES, specs), PIECES)
-    assert forward_collectives(split, mesh, *layout, x_BTD, WEIGHTS) == {"collective-permute": sends}
+    assert forward_collectives(split, mesh, *layout, x_BTD, WEIGHTS) == {"collective-permute": 2 * sends}
     ran = run(split, mesh, *layout, x_BTD, WEIGHTS)
     assert_same_bits(ran, one_device_feed_forward, x_BTD, WEIGHTS)
     # Beside the rings, the gradients of what is replicated: the bias over both axes, the matrices over data.
     over_tensor = {one.kind for one in sent(ran.compiled, mesh) if one.axes == (Axis.TENSOR,)}
     assert over_tensor <= {"collective-permute", "all-reduce"}
-    assert ran.collectives["collective-permute"] == 2 * sends
+    # Rings of x, of the sums that are y, of dy and of the sums that are dx.
+    assert ran.collectives["collective-permute"] == (GATHERS_OF_X + 3) * sends
 
 
 def test_what_is_copied_is_narrow_and_what_is_summed_is_wide():

@@ -99,6 +99,7 @@ def test_rings_are_the_same_where_types_are_not_checked():
     check_rings(3, bidirectional=True, check_vma=False)
 
 
+@pytest.mark.oldest("4-False-ring_all_reduce-2")
 @pytest.mark.parametrize(("ring", "phases"), [(ring_all_gather, 1), (ring_reduce_scatter, 1), (ring_all_reduce, 2)])
 @pytest.mark.parametrize(("size", "bidirectional"), [(4, False), (4, True)])
 def test_rings_send_the_bytes_of_the_formula(ring, phases, size, bidirectional):
@@ -113,6 +114,7 @@ def test_rings_send_the_bytes_of_the_formula(ring, phases, size, bidirectional):
     assert sum(one.trips for one in upwards) == phases * (size // 2 if bidirectional else size - 1)
 
 
+@pytest.mark.oldest("1")
 @pytest.mark.parametrize("size", [1, 4])
 def test_wrappers_equal_numpy_and_so_do_their_gradients(size):
     x, y = integers(size, 2, 3 * size), integers(size, 2 * size, 3)

@@ -103,6 +103,7 @@ def test_the_gradient_of_invariant_parameters_would_be_reduced_in_the_loop():
     assert {(one.kind, one.loops) for one in found} == {("all-reduce", (4,))}
 
 
+@pytest.mark.oldest("jit")
 @pytest.mark.parametrize("notation", ["shard_map", "jit"])
 def test_one_compilation_serves_every_step_and_the_batch_may_span_two_axes(notation):
     mesh, axes = build_mesh(MeshShape(data=2, fsdp=4)), (Axis.DATA, Axis.FSDP)
@@ -157,6 +158,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.oldest("pmap-no reduction", "shard_map-no reduction")
 @pytest.mark.parametrize(
     ("notation", "mutant"),
     [

@@ -180,6 +180,7 @@ def test_a_tensor_group_may_keep_pieces_of_the_sequence():
     assert count_collectives(result[-1])["reduce-scatter"] == 1
 
 
+@pytest.mark.oldest
 def test_the_dense_form_is_the_mixture_with_room_for_all():
     def dense(x, router, experts, *, k, capacity, compute, axes):
         return dense_mixture(x, router, experts, k=k, compute=compute)

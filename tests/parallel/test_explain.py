@@ -33,6 +33,7 @@ def arrays() -> dict[str, jax.Array]:
     }
 
 
+@pytest.mark.oldest
 def test_pieces_bytes_and_copies_are_those_of_the_arrays(arrays):
     explanation = explain(arrays)
     assert explanation.num_devices == 8
@@ -153,6 +154,7 @@ def num_colours(path: Path) -> int:
     return int(((counts > pixels.size / 100) & (colours != 0xFFFFFF)).sum())
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(("name", "pieces"), [("both", 4), ("whole", 1), ("joined", 4)])
 def test_a_picture_has_a_colour_a_piece(name: str, pieces: int, arrays, tmp_path: Path):
     plot_sharding(arrays[name], None, tmp_path / "one.png", name=name)

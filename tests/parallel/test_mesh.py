@@ -147,6 +147,7 @@ def test_an_inner_axis_runs_along_links(sides, mesh, axis):
         assert set(torus_steps(line, sides)) == {1}
 
 
+@pytest.mark.oldest("TPU v5 lite-sides0-tensor=4-links0")
 @pytest.mark.parametrize(
     ("sides", "mesh", "links"),
     [

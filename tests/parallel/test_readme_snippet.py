@@ -41,6 +41,7 @@ bytes a device: 32,768 of 131,072, 0 of them in arrays that all 8 devices hold w
 """
 
 
+@pytest.mark.oldest
 def test_the_snippet_shards_a_function_and_its_values_are_those_of_one_device(capsys: pytest.CaptureFixture[str]):
     names: dict = {}
     exec(SNIPPET, names)

@@ -53,6 +53,7 @@ def test_places_go_to_the_first_come_and_to_nobody_twice(drawn):
     assert Slots(place_bi=slots.place_bi, choice_bs=slots.choice_bs).dropped == dropped
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_weights_are_those_of_the_chosen_probabilities(k):
     with float64(True):
@@ -76,6 +77,7 @@ def test_a_single_choice_still_teaches_the_router():
         assert jnp.abs(gradient).max() > 0.01
 
 
+@pytest.mark.oldest
 def test_the_balance_loss_is_one_at_balance_and_the_number_of_experts_at_worst():
     load = jnp.array([[4, 4, 4, 4]])
     assert balance_loss(jnp.full((1, 8, 4), 0.25), load) == 1.0

@@ -19,6 +19,7 @@ from gcompute.parallel.rules import ACTIVATION_RULES, RULES, nearest_divisor, pa
 ALL = MeshShape(data=2, stage=2, fsdp=2, expert=2, context=2, tensor=2)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("dims", "rules", "spec"),
     [
@@ -78,6 +79,7 @@ def test_a_size_that_does_not_divide_names_the_tensor_the_rule_and_the_nearest()
     assert re.search(r"Nearest legal: \D*4\.$", str(caught.value))
 
 
+@pytest.mark.oldest
 def test_the_tree_names_the_tensor_by_its_path():
     params = {"blocks": {"up_DF": jax.ShapeDtypeStruct((6, 8), jnp.float32)}}
     shape = MeshShape(fsdp=4)

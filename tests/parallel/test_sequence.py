@@ -9,6 +9,7 @@ import pytest
 from float64 import float64
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax_versions import GATHERS_OF_X
 from per_device import (
     assert_same_bits,
     count_sent,
@@ -69,7 +70,7 @@ def test_x_is_gathered_again_and_not_kept():
     sharded = jax.shard_map(column, mesh=tensor_mesh(4), in_specs=COLUMN[0], out_specs=COLUMN[1])
     kept = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(sharded, *a)[1], x_BTD, w_DF))
     assert max(leaf.size for leaf in kept) == max(x_BTD.size, w_DF.size)  # summed over devices: no [T, D] on each
-    # What is asked for: XLA:CPU then merges the two gathers, as TPUs do not.
+    # What is asked for, whatever a compiler makes of it.
     program = jax.jit(lambda dy, *a: pulled_back(sharded, dy, a)).lower(np.ones((2, T, F), np.float32), x_BTD, w_DF)
     assert program.as_text().count("stablehlo.all_gather") == 2
     assert program.as_text().count("stablehlo.optimization_barrier") == 1
@@ -122,6 +123,7 @@ def close(got, expected):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), got, expected)
 
 
+@pytest.mark.oldest("layer-8-1", "rms-2-1")
 @pytest.mark.parametrize(("norm", "size", "data"), [("rms", 2, 1), ("layer", 8, 1), ("rms", 4, 2)])
 def test_a_block_with_norms_and_residual_equals_one_device(norm, size, data):
     mesh, params = tensor_mesh(size, data), block_params()
@@ -171,6 +173,7 @@ def test_the_gradient_of_a_replicated_scale_is_summed_over_the_pieces():
             jax.shard_map(own_gradient, mesh=mesh, in_specs=specs, out_specs=P())(x, params)
 
 
+@pytest.mark.oldest
 def test_jit_with_these_constraints_does_the_same():
     mesh = tensor_mesh(4)
     weights = {"up_Df": small_integers(5, D, F), "gate_Df": small_integers(6, D, F), "down_fD": small_integers(7, F, D)}
@@ -199,7 +202,7 @@ def test_jit_with_these_constraints_does_the_same():
     )
     jax.tree.map(np.testing.assert_array_equal, compiled(*arguments), (ran.y, ran.gradients))
     # XLA:CPU leaves an all-reduce and a slice where the compilers of accelerators make a reduce-scatter.
-    assert ran.collectives == {"all-gather": 2, "reduce-scatter": 2}
+    assert ran.collectives == {"all-gather": GATHERS_OF_X + 1, "reduce-scatter": 2}  # x and dy; y and dx
     assert count_sent(compiled) == {"all-gather": 2, "all-reduce": 2}
 
 

@@ -132,6 +132,7 @@ def test_parameters_and_optimizer_state_are_split_not_copied(optimizer_name: str
     assert num_mirrored == (2 * len(matrices) if optimizer_name == "adamw" else len(matrices) + 1)
 
 
+@pytest.mark.oldest
 def test_the_second_call_does_not_compile_again():
     shape = MeshShape(data=2)
     mesh = build_mesh(shape)

@@ -124,6 +124,7 @@ def test_a_mutant_that_repeats_heads_in_turn_is_seen(monkeypatch):
     assert largest_error(ulysses_attention, MeshShape(context=4), "zigzag")[0] > 1e-2
 
 
+@pytest.mark.oldest
 def test_one_program_serves_every_call():
     arrays = [x.astype(np.float32) for x in problem()[0]]
     run = jax.jit(with_gradients(ulysses_attention, MeshShape(context=2), "zigzag"))

@@ -149,6 +149,7 @@ def test_a_target_outside_the_vocabulary_gives_nan_and_no_gradient():
     np.testing.assert_allclose(gradient[0, 0], textbook(logits, targets % V)[1][0, 0], atol=1e-6)
 
 
+@pytest.mark.oldest
 def test_inside_automatic_axes_and_inside_another_shard_map():
     mesh, logits = tensor_mesh(4, data=2), logits_BTV.astype(np.float32)
     expected, gradients = textbook(logits, tokens_BT)
@@ -197,6 +198,7 @@ def test_without_types_of_what_varies(size, data):
     np.testing.assert_array_equal(ran.gradients[0], gradient_of_rows(tokens_BT, ran.dy))
 
 
+@pytest.mark.oldest
 def test_jit_with_these_shardings_does_not_gather_the_logits_either():
     mesh = tensor_mesh(4)
     placed = jax.device_put(

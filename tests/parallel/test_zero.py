@@ -93,6 +93,7 @@ def test_one_step_on_small_integers_is_bitwise_that_of_numpy(notation, stage):
     check(notation, stage, "sgd", exact=True, steps=1)
 
 
+@pytest.mark.oldest("explicit-3")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("notation", NOTATIONS)
 def test_several_steps_of_adamw_with_clipping_equal_numpys(notation, stage):
@@ -148,6 +149,7 @@ def test_hybrid_sharding_reduces_between_replicas_once():
     }
 
 
+@pytest.mark.oldest("2-loops1")
 @pytest.mark.parametrize(("stage", "loops"), [(1, ()), (2, (2,))])
 def test_automatic_stages_reduce_where_explicit_ones_do(stage, loops):
     found = read_collectives(lowered("automatic", stage, accumulation=2), MESH)
@@ -187,6 +189,7 @@ def stacked_specs(params):
     return {"blocks": blocks, "scale": shard_specs(params["scale"], MESH)}
 
 
+@pytest.mark.oldest
 def test_a_layer_is_whole_only_while_it_is_used():
     params, batch = stacked_values()
     specs = stacked_specs(params)
@@ -223,6 +226,7 @@ def mixed_precision_adam():
     return optax.GradientTransformation(init, lambda updates, state, params: (updates, state))
 
 
+@pytest.mark.oldest
 def test_bytes_are_those_of_figure_1():
     mesh = abstract_mesh(MeshShape(fsdp=64))
     params = {"w": jax.ShapeDtypeStruct((64, 117_187_500), jnp.float16)}  # 7.5 billion parameters
@@ -263,6 +267,7 @@ def test_the_step_keeps_what_place_laid_out():
         assert [leaf.sharding for leaf in jax.tree.leaves(after)] == [leaf.sharding for leaf in jax.tree.leaves(before)]
 
 
+@pytest.mark.oldest
 def test_leaves_are_split_by_the_rule_and_the_rest_is_reported():
     assert {
         "into": {"w": PartitionSpec(None, Axis.FSDP), "b": PartitionSpec(Axis.FSDP)},
@@ -319,6 +324,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.oldest("another axis")
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_fault_is_caught(mutant, monkeypatch):
     name, faulty = MUTANTS[mutant]

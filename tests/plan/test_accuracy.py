@@ -46,5 +46,6 @@ def test_what_lies_outside_is_named(monkeypatch: pytest.MonkeyPatch):
         accuracy_of("train step, NPU", {})
 
 
+@pytest.mark.oldest
 def test_all_that_is_asked_for_is_in_the_record():
     assert set(KINDS) <= set(json.loads(RECORD.read_text(encoding="utf-8"))["classes"])

@@ -22,12 +22,14 @@ from gcompute.plan.budget import (
 V5E = find_chip("v5e")
 
 
+@pytest.mark.oldest
 def test_operations():
     assert (forward_flops(5, 7), training_flops(5, 7), training_flops(5, 7, recomputed=True)) == (70, 210, 280)
     assert attention_flops(16, heads=2, head_dim=4, sequences=3) == 4 * 3 * 16 * 16 * 2 * 4
     assert attention_flops(16, heads=2, head_dim=4, training=True) == 12 * 16 * 16 * 2 * 4
 
 
+@pytest.mark.oldest
 def test_time_and_utilization_are_inverse():
     flops, chips, peak, mfu = 6.3e24, 8960, 4.59e14, 0.4
     seconds = compute_s(flops, num_chips=chips, flops_per_s=peak, mfu=mfu)
@@ -35,6 +37,7 @@ def test_time_and_utilization_are_inverse():
     assert utilization(flops, chip_hours=chips * seconds / 3600, flops_per_s=peak) == pytest.approx(mfu)
 
 
+@pytest.mark.oldest
 def test_memory():
     assert state_bytes(70e9) == 700e9
     assert most_params(96e9) == 9.6e9
@@ -47,6 +50,7 @@ def test_smallest_slice(total: float, shape: tuple[int, ...]):
     assert smallest_slice(V5E, total) == shape
 
 
+@pytest.mark.oldest
 def test_dollars():
     assert flops_per_usd(1e12, 2) == 1.8e15
     assert usd(3600 * 8, 1.2) == pytest.approx(9.6)

@@ -57,6 +57,7 @@ def test_axes_of_one_chip_cost_nothing():
     assert all_gather_s(1e9, one, V4) == all_gather_s(1e9, V4)
 
 
+@pytest.mark.oldest
 def test_behind_a_switch():
     # Each of 8 GPUs receives 7/8 of 90 GB at 450 GB/s.
     assert all_gather_s(90e9, HOST) == reduce_scatter_s(90e9, HOST) == pytest.approx(0.175)

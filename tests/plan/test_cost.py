@@ -189,6 +189,7 @@ def test_tokens_cost_less_when_they_come_faster(usd: float, tokens_per_s: float,
     assert usd_per_million_tokens(usd * factor, tokens_per_s) >= usd_per_million_tokens(usd, tokens_per_s)
 
 
+@pytest.mark.oldest
 def test_a_training_run():
     # 36e9 tokens at 1e6 a second are 10 hours; 256 v5e at 1.20 and 0.245 USD.
     run = training_cost(find_chip("v5e"), num_chips=256, tokens=36e9, tokens_per_s=1e6)

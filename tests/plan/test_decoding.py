@@ -51,6 +51,7 @@ def test_most_sequences(hbm: float, most: int):
     assert most_sequences(MODEL, num_chips=1, hbm_bytes=hbm) == most
 
 
+@pytest.mark.oldest
 def test_rates():
     assert prefill_s(1e9, 1000, num_chips=2, flops_per_s=1e12, mfu=0.5) == pytest.approx(2.0)
     assert queries_per_s_per_chip(32, step_s=0.01, output_tokens=100, num_chips=4) == pytest.approx(8)

@@ -83,6 +83,7 @@ def test_a_step_is_six_operations_a_parameter_and_token(model: Architecture):
     assert total(operations, "attention") == pytest.approx(3.5 * scores, rel=1e-12)
 
 
+@pytest.mark.oldest
 def test_what_is_done_again():
     step = {remat: train_operations(TrainRun(model=DENSE, batch=1, seq=SEQ, remat=remat)) for remat in ("none", "dots")}
     full = train_operations(TrainRun(model=DENSE, batch=1, seq=SEQ, remat="full"))

@@ -59,6 +59,7 @@ def test_data_parallel_of_experts_few_nodes_and_adding_switches():
     assert data_parallel_tokens(ROOF, in_network=True) == tokens / 2
 
 
+@pytest.mark.oldest
 def test_tensor_parallel_over_nodes_is_at_most_one_node_more():
     assert tensor_parallel_ways(F, ROOF, node_chips=8) == 8 + tensor_parallel_ways(F, ROOF)
     assert tensor_parallel_width(4, ROOF, node_chips=8) == 0
@@ -72,6 +73,7 @@ def _mixed_s(fsdp: float, tokens: float, chips: int, axes: tuple[int, int]) -> t
     return weights, stream
 
 
+@pytest.mark.oldest("True-axes2")
 @pytest.mark.parametrize("axes", [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("at_once", [True, False])
 def test_best_mix_by_brute_force(axes: tuple[int, int], at_once: bool):
@@ -103,6 +105,7 @@ def test_decode_times_are_equal_at_the_bound():
     assert 2 * D * F / (ways * hbm) == pytest.approx(all_gather_s(2 * batch * D, RING))
 
 
+@pytest.mark.oldest
 def test_contraction_times_are_equal_at_the_bound():
     ways, batch = 4, 128
     depth = contraction_depth(ways, ROOF)
@@ -110,12 +113,14 @@ def test_contraction_times_are_equal_at_the_bound():
     assert all_reduce_s(2 * batch * F, RING) == pytest.approx(computing_s)
 
 
+@pytest.mark.oldest
 def test_experts_inside_a_node_need_no_width():
     assert expert_parallel_width(8, 2, ROOF) == 0
     assert expert_parallel_width(64, 8, ROOF) == pytest.approx(ROOF.ridge * 56 / 8)
     assert expert_parallel_width(1024, 1, ROOF) == pytest.approx(ROOF.ridge * 1016 * 8 / 1024)
 
 
+@pytest.mark.oldest
 def test_pipeline_and_latency():
     assert pipeline_send_s(8e9, bytes_per_s=1e9, microbatches=8, stages=4) == 10.0
     assert latency_bound_bytes(link_bytes_per_s=1e9, hop_latency_s=1e-6) == pytest.approx(1000)
@@ -140,6 +145,7 @@ def test_weights_split_in_both_dims_by_brute_force():
     assert seconds(best) == pytest.approx(stream_s + sums_s)
 
 
+@pytest.mark.oldest("3")
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_both_dims_and_one_are_equal_at_the_bound(axes: int):
     chips = weight_stationary_chips(D, F, axes=axes)

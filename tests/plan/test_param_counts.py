@@ -80,6 +80,7 @@ def test_untied_head_is_counted_once_in_matmul():
     assert count_params(untied).total - count_params(tied).total == untied.vocab * untied.dim
 
 
+@pytest.mark.oldest
 def test_to_dict_adds_up():
     values = count_params(PRESETS["demo"]).to_dict()
     assert values["total"] == sum(values[component] for component in COMPONENTS)

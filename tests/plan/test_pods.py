@@ -14,6 +14,7 @@ NODE, LEAF = Level(degree=8, bytes_per_s=450e9), Level(degree=32, bytes_per_s=40
 RATES = {"node_chips": 8, "chip_bytes_per_s": 450e9, "node_bytes_per_s": 400e9}
 
 
+@pytest.mark.oldest("h100:64-8-64")
 @pytest.mark.parametrize(
     ("text", "hosts", "cores"), [("v5e:16x16", 32, 256), ("v5p:4x4x4", 16, 128), ("h100:64", 8, 64), ("l4:4", None, 4)]
 )
@@ -23,6 +24,7 @@ def test_pod(text: str, hosts: int | None, cores: int):
     assert (found.chips, found.hosts, found.cores) == (target.num_chips, hosts, cores)
 
 
+@pytest.mark.oldest
 def test_units():
     assert matrix_unit_flops_per_s(256, 1e9) == 4 * matrix_unit_flops_per_s(128, 1e9)
     assert clock_of(vector_flops_per_s(100, 2e9, flops_per_cycle=2), 100, flops_per_cycle=2) == 2e9
@@ -37,6 +39,7 @@ def test_hops_and_links():
     assert num_links((2, 4), (True, True), (0, 0)) == 3
 
 
+@pytest.mark.oldest
 def test_sending():
     assert send_s(1e9, V5E, (0, 0), (0, 0)) == 0
     assert send_s(0, V5E, (0, 0), (3, 3)) == pytest.approx(6e-6)
@@ -45,12 +48,14 @@ def test_sending():
     assert gather_to_one_s(1e9, Target.parse("v5e:1x1"), (0, 0)) == 0
 
 
+@pytest.mark.oldest
 def test_shards():
     assert shard_shape((8, 6), (4, 3)) == (2, 2)
     assert shard_bytes((8, 6), (4, 3), value_bytes=4) == 16
     assert num_copies(24, (4, 3)) == 2
 
 
+@pytest.mark.oldest
 def test_a_tree_is_as_fast_as_its_slowest_level():
     # The same by a switch and the network between nodes, each GPU having an eighth of its node's share.
     by_links = all_gather_s(1e9, Switch(num_devices=8, bytes_per_s=450e9), Network(num_groups=32, bytes_per_s=50e9))

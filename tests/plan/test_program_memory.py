@@ -75,6 +75,7 @@ def test_optimizer_state():
     assert changed(data, zero=2).gradients_bytes * 8 == changed(data, zero=1).gradients_bytes
 
 
+@pytest.mark.oldest
 def test_total_is_the_sum_of_what_lies_there_at_once():
     for run in (LLAMA, dataclasses.replace(LLAMA, accumulation=4), dataclasses.replace(LLAMA, seq=64)):
         memory = program_memory(run)

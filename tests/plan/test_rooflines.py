@@ -34,6 +34,7 @@ from gcompute.plan.rooflines import (
 ROOF = Roof(flops_per_s=1e12, bytes_per_s=1e10)
 
 
+@pytest.mark.oldest
 def test_roofs_of_one_chip():
     v5e, h100 = find_chip("v5e"), find_chip("h100")
     assert memory_roof(v5e, "int8").flops_per_s == peak_of(v5e, "int8") == v5e.peak_flops_per_s["int8"]
@@ -67,12 +68,14 @@ def test_no_batch_will_do_for_small_matrices():
     assert exact_critical_batch(64, 64, ROOF) == math.inf
 
 
+@pytest.mark.oldest
 def test_activations_not_counted_is_the_limit_of_large_matrices():
     exact = exact_critical_batch(1e9, 1e9, ROOF, weight_bytes=1)
     assert critical_batch(ROOF, weight_bytes=1) == pytest.approx(exact, rel=1e-4)
     assert critical_batch(ROOF, experts=64, experts_per_token=4) == 16 * critical_batch(ROOF)
 
 
+@pytest.mark.oldest
 def test_intensities():
     assert dot_product(10, value_bytes=2).intensity == 19 / 42
     assert elementwise(8, operands=2, value_bytes=4).moved_bytes == 12 * 8
@@ -91,6 +94,7 @@ def test_attention_costs_as_much_as_matrices():
     assert scores.flops == pytest.approx(2 * params * tokens)
 
 
+@pytest.mark.oldest
 def test_seconds():
     memory_bound, compute_bound = product(1, 4096, 4096), product(4096, 4096, 4096)
     assert roofline_s(memory_bound, ROOF) == memory_bound.moved_bytes / 1e10

@@ -49,6 +49,7 @@ def error(record: dict[str, Any]) -> float:
     return predicted(record).program_bytes(record["program"]) / record["needed_bytes"] - 1
 
 
+@pytest.mark.oldest("demo")
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "llama3-405b"])
 def test_one_device_holds_every_weight(name: str):
     run = run_of(name, prompt=8, context=16)
@@ -172,6 +173,7 @@ def test_totals_are_near_those_of_the_compiler():
     assert statistics.median(errors) < 0.05
 
 
+@pytest.mark.oldest
 def test_what_fits_is_said_to_fit():
     for record in COMPILED:
         total = predicted(record).program_bytes(record["program"])

@@ -50,6 +50,7 @@ def dot_flops(jaxpr):
     return flops
 
 
+@pytest.mark.oldest("experts")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_are_those_of_the_traced_program(name):
     config, batch, seq = CONFIGS[name], 3, 16
@@ -107,6 +108,7 @@ def test_gpt2_flops_by_hand():
     assert flops.causal_step_flops == flops.step_flops - flops.attention_flops + 12 * 12 * 768 * pairs
 
 
+@pytest.mark.oldest("experts")
 @pytest.mark.parametrize("preset", ["demo", "nano-small", "untied", "experts"])
 def test_newton_schulz_is_what_optax_computes(preset):
     config = CONFIGS.get(preset) or PRESETS[preset]
@@ -122,6 +124,7 @@ def test_optimizer_traffic_of_adamw_is_32_bytes_a_parameter():
     assert optimizer_traffic_bytes(config, "lion") == 24 * count_params(config).total
 
 
+@pytest.mark.oldest
 def test_prediction_with_endless_bandwidth_is_flops_over_the_ceiling():
     config = PRESETS["nano-baby"]
     step = predict_train_step(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax_versions import TANH_KEEPS
 
 from gcompute.config.mesh import MeshShape
 from gcompute.config.presets import PRESETS
@@ -42,6 +43,7 @@ def test_optimizer_state_is_what_optax_allocates(optimizer, preset):
     assert 0 <= tree_bytes(state) - predicted < 1024
 
 
+@pytest.mark.oldest("gelu-dots")
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize(
     "changes",
@@ -76,6 +78,8 @@ def test_kept_bytes_are_what_autodiff_keeps(remat, changes):
         slots = -(-config.experts * config.capacity(seq) // seq)
         row_statistics += 4 * config.experts + config.experts_per_token * (config.experts + 12) + 4 * slots
     predicted = kept_bytes_per_token(config, seq=seq, remat=remat)
+    if remat == "none" and config.activation == "gelu_tanh":
+        predicted -= 4 * config.ffn_size * (2 - TANH_KEEPS)
     assert predicted <= per_token <= predicted + row_statistics
 
 

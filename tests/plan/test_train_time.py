@@ -39,6 +39,7 @@ def published() -> list[tuple[PublishedRun, TrainTime]]:
     return [(one, train_time(one.run, one.target)) for one in published_runs()]
 
 
+@pytest.mark.oldest
 def test_published_runs_are_finite_and_add_up(published):
     assert len(published) > 200
     for one, time in published:

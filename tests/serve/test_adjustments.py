@@ -105,6 +105,7 @@ def all_kinds() -> list[Sampling]:
     return greedy + [Sampling(max_tokens=20, seed=row, **sampled, **kind) for row, kind in enumerate(kinds)]
 
 
+@pytest.mark.oldest
 def test_whole_generations_equal_the_reference_in_a_crowd_and_alone(engine, reference, tokenizer):
     each = all_kinds()
     rng = np.random.default_rng(0)
@@ -199,6 +200,7 @@ def test_a_row_that_asks_for_nothing_keeps_every_bit_among_rows_that_ask():
     assert changed == [3, 4, 5], "the output is positions 3 to 5, and no later cell counts"
 
 
+@pytest.mark.oldest
 def test_adjusted_logits_equal_the_reference_row_by_row():
     rng = np.random.default_rng(1)
     kinds = all_kinds()

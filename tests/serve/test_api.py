@@ -17,6 +17,7 @@ from gcompute.serve.request import Sampling
 from gcompute.serve.server import background, bind, serve, url_of
 
 
+@pytest.mark.oldest
 def test_a_completion_is_the_engines_own_with_usage(http, engine):
     body = complete(http, model="tiny", prompt="once upon", **GREEDY)
     expected = engine.generate(["once upon"], Sampling(**GREEDY))[0]
@@ -27,6 +28,7 @@ def test_a_completion_is_the_engines_own_with_usage(http, engine):
     assert body["usage"] == {"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21}
 
 
+@pytest.mark.oldest
 def test_a_stream_gives_the_same_text_in_pieces_then_usage_and_done(http):
     whole = complete(http, prompt="once upon", **GREEDY)
     *chunks, usage, done = stream(http, prompt="once upon", stream_options={"include_usage": True}, **GREEDY)
@@ -45,6 +47,7 @@ def test_a_stream_gives_the_same_text_in_pieces_then_usage_and_done(http):
     assert running[0]["usage"]["completion_tokens"] == 1
 
 
+@pytest.mark.oldest
 def test_every_form_of_prompt_and_n_and_echo(http, tokenizer):
     one, two = (complete(http, prompt=text, **GREEDY)["choices"][0]["text"] for text in ("one", "two"))
     both = complete(http, prompt=["one", "two"], **GREEDY)
@@ -90,6 +93,7 @@ def test_concurrent_calls_get_their_own_answers(http):
     assert [body["choices"][0]["text"] for body in together] == alone
 
 
+@pytest.mark.oldest
 def test_models_and_health(http):
     listed = http.get("/v1/models").json()
     assert [model["id"] for model in listed["data"]] == ["tiny"]
@@ -98,6 +102,7 @@ def test_models_and_health(http):
     assert (http.get("/health").status_code, http.get("/health").json()) == (200, {"status": "ready"})
 
 
+@pytest.mark.oldest
 def test_metrics_count_what_was_done(http, engine):
     before = {name: metric(http, name) for name in ("gcompute_output_tokens_total", "gcompute_prompt_tokens_total")}
     complete(http, prompt="abc", **GREEDY)
@@ -237,6 +242,7 @@ def test_a_port_in_use_and_a_foreign_host_are_refused_in_one_line(small_engine):
             bind(host, 0)
 
 
+@pytest.mark.oldest
 def test_the_measuring_client_reports_text_times_and_totals(url, engine):
     prompts = ["alpha", "beta", "gamma", "delta"]
     load = client.measure(url, prompts, **GREEDY)

@@ -14,6 +14,7 @@ PAGE = 2
 texts = st.lists(st.integers(0, 1), max_size=12)
 
 
+@pytest.mark.oldest
 def test_a_digest_stands_for_a_page_and_all_that_is_before_it():
     text = [1, 2, 3, 4, 1, 2]
     first, second, third = digests(text, PAGE)
@@ -31,6 +32,7 @@ def test_digests_of_all_short_texts_differ():
     assert len({tuple(digests(text, 1)) for text in everything}) == len(everything)
 
 
+@pytest.mark.oldest
 def test_the_least_recently_used_page_is_evicted_first_and_of_one_request_the_last():
     blocks = BlockManager(4, first=10)
     old, new = blocks.allocate(2), blocks.allocate(2)

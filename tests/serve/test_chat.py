@@ -38,6 +38,7 @@ def chat(http, **body):
     return response.json()
 
 
+@pytest.mark.oldest
 def test_a_chat_is_the_completion_of_its_template(http, engine):
     body = chat(http, model="tiny")
     expected = engine.generate([PROMPT], Sampling(**SHORT, stop=("\nuser:",)))[0]
@@ -54,6 +55,7 @@ def test_a_chat_is_the_completion_of_its_template(http, engine):
     assert chat(http, max_tokens=None, max_completion_tokens=3)["usage"]["completion_tokens"] == 3
 
 
+@pytest.mark.oldest
 def test_a_streamed_chat_begins_with_the_role_and_ends_with_the_reason(http):
     whole = chat(http, n=2, seed=3, temperature=1)
     body = {"messages": HELLO, **SHORT, "n": 2, "seed": 3, "temperature": 1, "stream": True}
@@ -164,6 +166,7 @@ def test_a_chat_that_leaves_no_room_for_the_templates_own_end(http, engine, toke
     assert request.sampling.stop_token_ids == (*range(15), tokenizer.end_of_text)
 
 
+@pytest.mark.oldest
 def test_logprobs_of_a_chat(http):
     body = chat(http, logprobs=True, top_logprobs=2)["choices"][0]
     content = body["logprobs"]["content"]
@@ -258,6 +261,7 @@ def test_nothing_compiles_after_warmup_whatever_is_asked(http, engine):
 # Templates
 
 
+@pytest.mark.oldest
 def test_without_a_template_there_are_roles_and_lines(tmp_path, tokenizer):
     template = load_template(tmp_path, pytest.fail)
     assert isinstance(template, PlainTemplate)
@@ -284,6 +288,7 @@ CHATML = (
 )
 
 
+@pytest.mark.oldest
 def test_a_jinja_template_is_rendered_and_no_message_forges_its_tokens(tmp_path, tokenizer):
     pytest.importorskip("jinja2")
     config = {"chat_template": [{"name": "default", "template": CHATML}], "eos_token": {"content": "<|endoftext|>"}}

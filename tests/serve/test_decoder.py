@@ -108,6 +108,7 @@ def test_every_family_gives_the_logits_of_the_model(family, layout):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * float(jnp.abs(theirs).max()))
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("layout", [Layout.PAIRED, Layout.PACKED])
 def test_other_layouts_give_what_the_matrix_gives(layout):
     """They hold the very bfloat16 numbers: what differs is the order of sums, and rounding that it tips over."""
@@ -124,6 +125,7 @@ def test_other_layouts_give_what_the_matrix_gives(layout):
         assert 0 < rms(ours - truth) < 1.5 * rounding
 
 
+@pytest.mark.oldest
 def test_logits_at_picks_one_position_a_row():
     config, execution = FAMILIES["llama"], Execution(compute=jnp.float32)
     weights = serving_weights(perturbed(config), config, compute=jnp.float32, layout=Layout.FUSED)

@@ -25,6 +25,7 @@ GREEDY = Sampling(max_tokens=20, temperature=0, ignore_eos=True)
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
+@pytest.mark.oldest
 def test_concurrent_greedy_requests_equal_solo_decoding_without_a_cache(engine, params, config):
     prompts = random_prompts(12, longest=40)
     lengths = [int(n) for n in np.random.default_rng(1).integers(1, 25, len(prompts))]
@@ -50,6 +51,7 @@ def test_the_gpt2_form_is_served_exactly_up_to_its_whole_context(tokenizer):
         assert completion.ids == solo_greedy(params, config, prompt, length)
 
 
+@pytest.mark.oldest
 def test_seeded_sampling_is_the_same_alone_and_in_a_crowd(engine):
     prompts = random_prompts(8, longest=10)
     each = [Sampling(max_tokens=20, temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, seed=s) for s in range(8)]
@@ -121,6 +123,7 @@ def test_the_state_is_donated_and_stays_in_place(params, config):
         assert aliased.count("may-alias") + aliased.count("must-alias") == num_leaves, str(program)
 
 
+@pytest.mark.oldest
 def test_weights_are_cast_once_and_norms_stay_float32(params, config):
     ready = serving_weights(params, config, compute=jnp.bfloat16, layout=Layout.PLAIN)
     block = ready["blocks"][1]

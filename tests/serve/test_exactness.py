@@ -50,6 +50,7 @@ def serve_and_check(engine, subject, judge, num, seed=0):
     return judge([one for wave in waves for one in wave.arrivals], answers)
 
 
+@pytest.mark.oldest
 def test_every_token_of_random_traffic_is_the_references_choice(engine, subject, judge):
     found = serve_and_check(engine, subject, judge, 60)
     assert found.violations == []

@@ -38,6 +38,7 @@ def draws(setting, seed):
     return Draw(x_V=x_V.astype(np.float64), noise_V=noise(seed, 5, 1, V)[0], sampling=sampling)
 
 
+@pytest.mark.oldest
 def test_it_chooses_and_keeps_what_the_engine_does():
     several = [draws(setting, seed) for seed in range(6) for setting in SETTINGS]
     own = [draw.sampling for draw in several]

@@ -52,6 +52,7 @@ def cell_of(pool: KVPool, kind: str, layer: int, page: int, offset: int) -> np.n
     return np.asarray(jnp.asarray(scaled).astype(jnp.bfloat16), np.float32)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gather_lays_the_pages_of_a_row_side_by_side(dtype):
     pool = filled(dtype)
@@ -65,6 +66,7 @@ def test_gather_lays_the_pages_of_a_row_side_by_side(dtype):
                     np.testing.assert_array_equal(got, cell_of(pool, kind, layer, table[cell // PAGE], cell % PAGE))
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_put_back_writes_the_counted_cells_and_nothing_else(dtype):
     """Cells of each row: across a page's border, up to and past the end of the table, and none."""

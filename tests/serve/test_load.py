@@ -34,6 +34,7 @@ def test_a_burstiness_of_one_is_a_poisson_process():
     assert (gaps(Arrivals(rate=10.0), 100_000) > 0.2).mean() == pytest.approx(math.exp(-2), rel=0.03)
 
 
+@pytest.mark.oldest
 def test_a_seed_gives_the_same_moments_and_another_others():
     one = Arrivals(rate=3.0)
     assert gaps(one, 600, seed=1).tolist() == gaps(one, 600, seed=1).tolist()
@@ -50,6 +51,7 @@ def test_all_at_once_and_closed_loops_are_due_at_zero():
     )
 
 
+@pytest.mark.oldest
 def test_lengths_fill_their_range_evenly():
     prompts = RandomPrompts(lengths=Lengths(prompt=100, output=10, spread=0.3), vocab=50, seed=3)
     asks = [prompts.ask(index) for index in range(2000)]
@@ -74,6 +76,7 @@ def test_groups_share_their_prefix_and_nothing_more():
     assert len(words.prompt.split()) == 20
 
 
+@pytest.mark.oldest
 def test_words_are_as_many_as_make_the_tokens():
     # A tokenizer of 3 tokens a word and 5 beside them.
     fitted = fit_words([(8, 29), (16, 53)])
@@ -84,6 +87,7 @@ def test_words_are_as_many_as_make_the_tokens():
         fit_words([(8, 29), (16, 29)])
 
 
+@pytest.mark.oldest
 def test_files_of_prompts(tmp_path: Path):
     path = tmp_path / "prompts.txt"
     path.write_text("one\n\ntwo words\n")
@@ -157,6 +161,7 @@ def test_what_is_no_load(make):
         make()
 
 
+@pytest.mark.oldest
 def test_sweeps_and_how_many_requests():
     assert LoadConfig(sweep="1,2,4").loads() == [(None, 1), (None, 2), (None, 4)]
     assert LoadConfig(sweep="rate=0.5,inf").loads() == [(0.5, None), (math.inf, None)]

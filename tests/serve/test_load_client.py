@@ -99,6 +99,7 @@ ANSWERS = {
 }
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", ANSWERS)
 def test_whole_answers_however_they_are_cut(name: str):
     pieces = ANSWERS[name]
@@ -250,6 +251,7 @@ def test_a_connection_that_closed_while_idle_is_no_failure():
     assert asyncio.run(run()) == [5]
 
 
+@pytest.mark.oldest
 def test_calls_carry_what_was_asked_for():
     bodies = []
 

@@ -3,6 +3,7 @@
 import asyncio
 
 import httpx
+import pytest
 from openai_calls import metric
 
 from gcompute.serve.load import Arrivals, Lengths, RandomPrompts
@@ -21,6 +22,7 @@ def load(url: str, arrivals: Arrivals, num: int, **more) -> Run:
     return asyncio.run(run())
 
 
+@pytest.mark.oldest
 def test_lengths_are_exact_and_counted_as_the_engine_counts(url, engine):
     before = engine.stats()
     found = load(url, Arrivals(concurrency=3), 12)
@@ -76,6 +78,7 @@ def test_an_overload_is_refused_and_every_refusal_counted(url, gate):
     assert found.num_good == 0
 
 
+@pytest.mark.oldest
 def test_what_the_server_says_of_itself_and_counts(url):
     async def run():
         async with Client(Address.parse(url)) as client:

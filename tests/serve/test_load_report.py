@@ -58,6 +58,7 @@ def run(*outcomes: Outcome) -> Run:
     return Run(arrivals=Arrivals(concurrency=1), outcomes=outcomes, wall_s=wall_s, client_cpu_s=0.4)
 
 
+@pytest.mark.oldest
 def test_percentiles_by_hand():
     spread = Spread.of(range(1, 102))
     assert spread is not None
@@ -81,6 +82,7 @@ def test_percentiles_are_ordered_values_within_the_range(values):
     assert sum(value >= spread.p50 - slack for value in values) * 2 >= len(values)
 
 
+@pytest.mark.oldest
 def test_every_figure_of_a_small_run():
     found = summarize(run(*SERVED, *FAILED), Slo(ttft_s=2.0))
     assert (found.num_sent, found.num_ok, found.num_failed, found.num_unfinished) == (7, 3, 3, 1)
@@ -104,6 +106,7 @@ def test_every_figure_of_a_small_run():
     assert found.mean_under_way == pytest.approx((3 + 3 + 4 + 0.1 + 1 + 0.1 + 0.1) / 8)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("limits", "good"),
     [
@@ -148,6 +151,7 @@ def test_requests_under_way_and_tokens_over_time():
     assert tokens_over_time((), num_bins=3)[1] == [0.0]
 
 
+@pytest.mark.oldest
 def test_a_request_as_json():
     written = outcome_json(SERVED[1])
     assert (written["ttft_s"], written["tpot_s"], written["e2e_s"]) == (2, 0.5, 3)
@@ -159,6 +163,7 @@ SERVE_RUN = ServeRun(model=planned_model("llama3-8b").architecture, prompt=512, 
 TARGET = Target.parse("h100:1")
 
 
+@pytest.mark.oldest
 def test_a_closed_loop_is_predicted_by_littles_law():
     few = predict(SERVE_RUN, TARGET, Arrivals(concurrency=4), slots=8, num_requests=None)
     load = load_of(SERVE_RUN, TARGET, 4)

@@ -75,6 +75,7 @@ def test_a_row_is_the_same_among_any_others(suffix, dtype):
         np.testing.assert_array_equal(products.product(x[rows], w, 80, suffix), whole[rows])
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_rows_come_out_as_they_were_packed(dtype):
     w = jnp.asarray(whole_numbers(4, (70, 24), dtype), dtype)
@@ -98,6 +99,7 @@ def test_a_gated_product_is_that_of_float64(suffix, dtype, m, i, f):
     np.testing.assert_array_equal(alone, found[-1:])
 
 
+@pytest.mark.oldest("native-40-256")
 @pytest.mark.parametrize(("m", "i"), [(5, 256), (40, 256), (40, 8)])
 def test_what_is_fetched_for_later_changes_nothing(suffix, m, i):
     x, w = (whole_numbers(seed, (rows, i), "bfloat16") for seed, rows in ((11, m), (12, 192)))
@@ -175,6 +177,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.oldest("native-one query-int8")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_is_that_of_float64(suffix, shape, dtype):
@@ -351,6 +354,7 @@ def test_a_compiler_that_fails_is_told_by_its_first_error(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".so"]
 
 
+@pytest.mark.oldest
 def test_a_library_is_compiled_once(tmp_path):
     first = build.build(build.compiler(), tmp_path, ("-O0",))
     made = first.stat().st_mtime_ns

@@ -20,6 +20,7 @@ def test_more_prompts_than_the_queue_holds_come_back_in_order(engine):
     assert {one.reason for one in done} == {Reason.LENGTH}
 
 
+@pytest.mark.oldest
 def test_text_and_ids_and_params_for_each(engine, tokenizer):
     text, ids = engine.generate(["abc", tokenizer.encode("abc")], params=[GREEDY, GREEDY])
     assert text.ids == ids.ids

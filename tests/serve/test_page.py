@@ -76,6 +76,7 @@ def test_every_element_that_scripts_name_is_there():
     assert set(re.findall(r"\$\(\"([\w-]+)\"\)", text)) <= set(ids)
 
 
+@pytest.mark.oldest
 def test_a_snapshot_has_numbers_and_no_text(http, engine):
     told = complete(http, prompt="once upon", **GREEDY)["choices"][0]["text"]
     response = http.get("/engine")
@@ -97,6 +98,7 @@ def test_a_snapshot_has_numbers_and_no_text(http, engine):
     assert seen["roofline"]["critical_batch"] > 200
 
 
+@pytest.mark.oldest
 def test_events_follow_a_request_into_its_slot_and_out(http, url, gate):
     sent = threading.Thread(target=lambda: httpx.post(f"{url}/v1/completions", json={"prompt": "abc", **GREEDY}))
     with snapshots(http) as seen:

@@ -82,6 +82,7 @@ def ragged_rows(spare_rows: int):
     return tuple(map(jnp.asarray, (tables, lengths, cu_q_lens, np.int32(len(LENGTHS)))))
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_gathered_pages_are_a_contiguous_cache_bit_for_bit(chunk: int):
     head, rows = 8, 3
@@ -119,6 +120,7 @@ def test_cells_past_a_table_are_dropped():
         np.testing.assert_array_equal(before, pages)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("spare_rows", [0, 2])
 def test_flat_tokens_are_each_rows_own_attention(spare_rows: int):
     check_ragged("xla", 8, spare_rows, jnp.float32, atol=1e-6)

@@ -79,6 +79,7 @@ def some(prompts, *, up_to: int = 32) -> list[Sampling]:
 # Prefixes ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oldest
 def test_what_is_found_gives_the_tokens_of_what_is_read(start, params, config):
     watched = start()
     engine = watched.engine
@@ -123,6 +124,7 @@ def test_without_a_prefix_cache_nothing_is_found(start):
 # Giving way ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oldest("swap")
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_those_that_give_way_go_on_exactly(start, params, config, preemption):
     watched = start(num_pages=TIGHT, preemption=preemption)

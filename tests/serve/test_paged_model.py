@@ -115,6 +115,7 @@ def expected_tokens(name: str) -> list[list[int]]:
     return [row[:num] for row, num in zip(greedy(name, STEPS + 2), (STEPS + 1, STEPS + 2, STEPS + 1), strict=True)]
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", ["dense", pytest.param("experts", marks=pytest.mark.slow)])
 def test_chunks_and_steps_side_by_side_are_the_whole_sequence(name: str):
     shape = paged_shape(name)

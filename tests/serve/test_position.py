@@ -14,6 +14,8 @@ from gcompute.plan.params import count_params
 from gcompute.plan.roof import Roof
 from gcompute.serve.position import DecodeRoofline, decode_roofline, position_json
 
+pytestmark = pytest.mark.oldest
+
 MODEL = PRESETS["llama3-8b"]
 SERVE = ServeConfig(slots=8, precision="bfloat16")
 

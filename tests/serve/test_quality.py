@@ -20,6 +20,7 @@ def tokens():
     return np.random.default_rng(0).integers(0, CONFIG.vocab, 3 * 32 + 5)
 
 
+@pytest.mark.oldest
 def test_it_is_the_models_own_loss_over_whole_windows(params, tokens):
     """Three windows in batches of two: the last batch overlaps, and the piece that fills no window is left out."""
     inputs, targets = (tokens[first : first + 96].reshape(3, 32) for first in (0, 1))

@@ -52,6 +52,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.oldest
 def test_the_tokens_kept_are_those_of_a_sorting_reference():
     for seed in range(5):
         logits = random_logits(len(SETTINGS), seed)
@@ -78,6 +79,7 @@ def test_tokens_tied_with_the_last_kept_stay():
     assert keep(scale(logits, settings.temperature), settings).tolist() == [[True, True, True, False]]
 
 
+@pytest.mark.oldest
 def test_temperature_0_is_argmax_with_the_first_of_equals():
     logits = random_logits(4).round()
     tokens = sample(jnp.asarray(logits), rows(*[{"temperature": 0.0, "top_k": 3}] * 4), jnp.arange(4))

@@ -31,6 +31,7 @@ TIGHT = replace(LIMITS, max_context=32, num_pages=5, chunk=16)
 ALONE = replace(LIMITS, slots=1)
 
 
+@pytest.mark.oldest
 def test_buckets_are_powers_of_two_that_end_at_the_context():
     assert make_buckets(256) == (32, 64, 128, 256)
     assert make_buckets(100) == (32, 64, 100)
@@ -47,6 +48,7 @@ def test_limits_that_contradict_themselves_are_refused():
         replace(LIMITS, deterministic=True, swap=True, drafts=2)
 
 
+@pytest.mark.oldest
 def test_waiting_requests_fill_free_slots_before_anything_decodes():
     plan = Scheduler(LIMITS)
     for request_id, num_prompt in enumerate((5, 20, 3)):
@@ -124,6 +126,7 @@ def test_two_that_run_share_the_pages_of_their_beginning():
     model.finish()
 
 
+@pytest.mark.oldest
 def test_a_long_prompt_is_read_between_the_steps_of_those_that_decode():
     model = PoolModel(replace(LIMITS, chunk=16, token_budget=16))
     model.arrive([0], 30)
@@ -164,6 +167,7 @@ def test_what_gave_way_is_found_again_where_nobody_needed_its_pages():
     assert 0 < reads[1] < 29
 
 
+@pytest.mark.oldest
 def test_who_gives_way_by_swapping_goes_on_where_it_was():
     model = PoolModel(replace(TIGHT, swap=True))
     model.arrive([0] * 9, 20)
@@ -188,6 +192,7 @@ def test_a_cancelled_request_that_was_swapped_out_leaves_nothing():
     assert not any(isinstance(work, SwapIn) for work in model.finish())
 
 
+@pytest.mark.oldest
 def test_shares_do_not_lend_and_a_request_goes_where_its_beginning_is():
     limits = replace(LIMITS, slots=4, shares=2)
     model = PoolModel(limits)

@@ -60,6 +60,7 @@ def speculating(request):
     return request.getfixturevalue(request.param)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -75,6 +76,7 @@ def test_ngrams_propose_what_followed_before(text, expected):
     assert propose_by_ngram(history, jnp.array([len(text) - 1]), 3)[0].tolist() == expected
 
 
+@pytest.mark.oldest
 def test_greedy_output_is_that_of_decoding_alone(speculating, tiny):
     prompts = random_prompts(12, longest=14, vocab=TINY.vocab)
     prompts += [(7, 8, 9) * 4, (1, 2) * 6]

@@ -43,6 +43,7 @@ def test_a_beginning_that_comes_to_nothing_is_shown_whole(kind):
     assert ("".join(texts), reason) == (TEXT, None)
 
 
+@pytest.mark.oldest
 def test_an_unfinished_character_at_the_end_is_shown_as_replaced():
     stream = EventStream(Request(prompt=(1,), sampling=Sampling(stop=("☃",))), 0)
     output = Output(stream, decoder=StreamDecoder(BYTES), ends=(), arrived_s=0.0)

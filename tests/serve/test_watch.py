@@ -13,6 +13,8 @@ from gcompute.serve.stats import EngineStats, SlotStats, Status
 from gcompute.serve.stream import Finished, Reason, Timing, Usage
 from gcompute.serve.watch import RECENT, Watch, percentiles, share, times_of
 
+pytestmark = pytest.mark.oldest
+
 STATS = EngineStats(
     status=Status.READY,
     slots=4,

@@ -111,6 +111,7 @@ def test_a_directory_with_one_text_is_cut_as_a_file(tmp_path):
     assert (documents.separated, documents.num_skipped) == (False, 1)
 
 
+@pytest.mark.oldest
 def test_a_standard_library_is_its_own_python_source(tmp_path):
     documents = split_documents(stdlib_source(small_stdlib(tmp_path)), 0.1, lambda *_: None)
     texts = {document.name: document.text() for document in documents.train + documents.val}
@@ -151,6 +152,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(tmp_path, content, message):
     assert not (tmp_path / "tokens").exists() or not list((tmp_path / "tokens").iterdir())
 
 
+@pytest.mark.oldest("bpe:300")
 @pytest.mark.parametrize("tokenizer", ["bpe:300", "char", "byte"])
 def test_nearly_empty_text_is_too_short_for_every_tokenizer(tmp_path, tokenizer):
     write(tmp_path, {"a.txt": "a"})
@@ -158,6 +160,7 @@ def test_nearly_empty_text_is_too_short_for_every_tokenizer(tmp_path, tokenizer)
         prepare(DataConfig(data=str(tmp_path / "a.txt"), tokenizer=tokenizer), tmp_path / "tokens")
 
 
+@pytest.mark.oldest
 def test_a_misspelt_stdlib_is_recognised():
     with pytest.raises(ValueError, match="Did you mean 'stdlib'"):
         find_source("stdlb")

@@ -20,6 +20,7 @@ from gcompute.train.programs import build_programs, resolve_mesh
 pytestmark = pytest.mark.usefixtures("compiled_programs")
 
 
+@pytest.mark.oldest
 def test_events_come_in_order_and_at_their_steps(corpus: TokenizedCorpus, tmp_path: Path):
     run = make_run(dispatch_steps=4, final_eval_batches=0)
     events: list = []

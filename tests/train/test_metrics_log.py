@@ -10,6 +10,7 @@ def row(step: int, kind: str = "train") -> dict:
     return {"kind": kind, "step": step, "loss": 1 / step}
 
 
+@pytest.mark.oldest
 def test_rows_are_there_at_once_and_in_order(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
@@ -21,6 +22,7 @@ def test_rows_are_there_at_once_and_in_order(tmp_path: Path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [row(1), row(2), row(2, "eval")]
 
 
+@pytest.mark.oldest
 def test_going_on_drops_what_is_past_the_checkpoint(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path, last_step=0) as log:

@@ -64,6 +64,7 @@ def test_probabilities_sum_to_one_and_none_is_zero(train):
     assert table.min() > 0
 
 
+@pytest.mark.oldest
 def test_the_bigram_learns_a_markov_chain_to_its_entropy():
     random = np.random.default_rng(0)
     vocab = 50

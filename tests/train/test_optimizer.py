@@ -33,6 +33,7 @@ def flat(tree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
+@pytest.mark.oldest("lion")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_learns_a_batch_by_heart(name: str):
     rates = {"sgd": 0.3, "lion": 1e-3, "muon": 2e-2, "lamb": 3e-2, "adafactor": 3e-2}
@@ -97,6 +98,7 @@ def test_biases_and_norms_have_no_decay():
     assert not any("bias" in name or "scale" in name for name in decayed.keys() - free)
 
 
+@pytest.mark.oldest
 def test_schedules_at_their_turning_points():
     def rates(schedule: str, warmup_steps: int = 10) -> list[float]:
         config = OptimizerConfig(learning_rate=2.0, final_fraction=0.25, schedule=schedule, warmup_steps=warmup_steps)
@@ -149,6 +151,7 @@ def newton_schulz(matrix: np.ndarray) -> np.ndarray:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
+@pytest.mark.oldest
 def test_muon_orthogonalises_each_layers_matrix_as_a_matrix():
     model = dataclasses.replace(MODEL, layers=2)
     params = init(model, jax.random.key(0))

@@ -26,6 +26,7 @@ def batch():
     return jnp.asarray(rows[:, :-1]), jnp.asarray(rows[:, 1:])
 
 
+@pytest.mark.oldest
 def test_token_losses_are_minus_the_log_of_the_softmax():
     logits = np.random.default_rng(0).normal(size=(2, 3, 5)) * 30
     targets = np.array([[0, 1, 2], [3, 4, 0]])
@@ -36,6 +37,7 @@ def test_token_losses_are_minus_the_log_of_the_softmax():
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=4e-6)
 
 
+@pytest.mark.oldest("scanned")
 @pytest.mark.parametrize("unroll", [1, 2], ids=["scanned", "unrolled"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(unroll: int):
     with float64(True):
@@ -77,6 +79,7 @@ def test_microbatches_hold_every_row_once():
     np.testing.assert_array_equal(pieces[:, 0], rows[:3])
 
 
+@pytest.mark.oldest("2")
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_evaluation_counts_what_has_weight(accumulation: int):
     params = init(MODEL, jax.random.key(0))

@@ -68,6 +68,7 @@ def test_peak_activations_are_what_the_formula_says(stages, microbatches):
         assert peak_activations(schedule) == tuple(formula(schedule, stage) for stage in range(stages))
 
 
+@pytest.mark.oldest
 def test_clocks_take_durations():
     schedule = gpipe(2, 3)
     assert lockstep_timeline(schedule, RECOMPUTING).total_time == (3 + 1) * (1 + 3)
@@ -105,6 +106,7 @@ def test_no_stage_does_two_things_at_once_nor_starts_before_what_it_needs(make):
             assert ends.get((kind, needed, microbatch), 0.0) <= bar.start
 
 
+@pytest.mark.oldest
 def test_the_picture_has_a_bar_for_all_work_and_its_number(tmp_path):
     schedule = interleaved(2, 4, 2)
     figure = draw(schedule, lockstep_timeline(schedule), clock="lockstep")

@@ -172,6 +172,7 @@ def test_memory_of_1f1b_does_not_grow_with_the_microbatches():
     assert temporary_bytes(gpipe(2, 16)) >= temporary_bytes(one_f_one_b(2, 16)) + 0.9 * kept_bytes
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(("schedule", "uniform_ends"), [(one_f_one_b(4, 5), True), (interleaved(2, 4, 2), False)])
 def test_forward_alone_gives_every_microbatchs_result_on_every_stage(schedule, uniform_ends):
     weights, table, tokens, targets = problem(schedule.num_virtual_stages, schedule.num_microbatches)
@@ -180,6 +181,7 @@ def test_forward_alone_gives_every_microbatchs_result_on_every_stage(schedule, u
     np.testing.assert_array_equal(losses, np.float32(expected))
 
 
+@pytest.mark.oldest
 def test_one_program_for_all_batches():
     step = build(one_f_one_b(2, 4))
     for seed in (0, 1):

@@ -95,6 +95,7 @@ def test_every_schedule_plays_through(schedule):
     assert set(play(schedule, forward_only=True)) == everything(schedule, [Kind.FORWARD])
 
 
+@pytest.mark.oldest
 def test_buffers_are_as_large_as_the_activations_alive():
     for stages, microbatches in ((2, 8), (4, 16), (5, 20)):
         # Stage 0 reads the batch, so the fullest buffer is stage 1's.
@@ -188,6 +189,7 @@ def test_two_entries_exchanged_are_still_valid_or_refused(data, schedule):
         assert set(play(table)) == everything(table, kinds_of(table))
 
 
+@pytest.mark.oldest
 def test_tables_are_small():
     rows = lower(one_f_one_b(4, 8)).segments[1]
     assert rows.forward.microbatch.dtype == np.int32

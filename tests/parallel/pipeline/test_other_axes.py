@@ -5,6 +5,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from float64 import float64
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -185,6 +186,7 @@ def test_collectives_over_a_manual_tensor_axis_inside_a_stage():
         assert_same(jax.jit(run)(layers, extra, tokens, targets), expected_gradients())
 
 
+@pytest.mark.oldest
 def test_a_shard_map_inside_a_stage():
     with float64():
         mesh = build_mesh(MeshShape(stage=2, tensor=2))
