@@ -3,6 +3,8 @@
 import os
 import signal
 
+pytest_plugins = ["selection", "shared_programs"]
+
 # Shells start what runs in the background with Ctrl-C ignored, and so would be the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -11,7 +13,6 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # XLA's threads: collectives of 8 devices side by side each hold one until all have come (see cli/environment.py).
 os.environ.setdefault("NPROC", "64")
-# The tests' own programs are small and many: keeping each on disk would cost more than compiling it.
 os.environ["GCOMPUTE_FAST"] = "0"
 # Tests compile far more than they run: unoptimised machine code halves their time. XLA's own passes all run, and so
 # do the slow tiers that start `gcompute` as a process of its own.

@@ -17,8 +17,6 @@ from gcompute.train.events import Evaluated, Saved, Started, Stepped
 from gcompute.train.loop import advice_on_memory, evaluate, open_data, train
 from gcompute.train.programs import build_programs, resolve_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_programs")
-
 
 def test_events_come_in_order_and_at_their_steps(corpus: TokenizedCorpus, tmp_path: Path):
     run = make_run(dispatch_steps=4)
