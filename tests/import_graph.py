@@ -49,7 +49,7 @@ class ImportGraph:
     def distances(self, changed: Iterable[str]) -> dict[str, int]:
         """The distance of each file that a changed one reaches.
 
-        A changed file that is no module here (data, C++, a page, what was deleted) stands for the modules beside it; and
+        A changed file that is no module here (data, C++, a page, what was deleted) stands for the modules beside it;
         the tests of a package (tests/serve for gcompute/serve) are at most one step from whatever changes in it.
         """
         changed = list(changed)

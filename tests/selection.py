@@ -6,12 +6,13 @@ runs, by test file and in this order: those that changed or import what changed,
 all, another for each commit, so that within some commits each file has run; those that depend on a change over more
 steps; and those that only what all tests share (pyproject.toml, this module, the root conftest.py) concerns. When the
 minutes are used up no further test begins, and each that did not run is named. Where git cannot tell what changed, all
-files are chosen, that commit's fifth first.
+files are chosen, that commit's fifth first. `python tests/selection.py REVISION COMMIT` prints the files alone.
 """
 
 import hashlib
 import re
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,8 @@ def choose(graph: ImportGraph, changed: Sequence[str] | None, commit: str | None
     wanted = [path for path in files if path in distance or path in turn or all_concerned]
     wanted.sort(key=lambda path: (place(path)[0], _hash(f"{commit}{path}")))
     count = Counter(place(path)[1] for path in wanted)
-    told = "; ".join(f"{number} {reason}" for reason, number in count.items()) or "no file is concerned"
+    told = "; ".join(f"{number} {reason}" for reason, number in count.items()) or "none"
+    told = f"test files chosen: {told}{' (what changed is not known)' if changed is None else ''}"
     return Chosen(reasons={path: place(path)[1] for path in wanted}, told=told)
 
 
@@ -97,6 +99,13 @@ def changed_files(revision: str, repository: Path = REPOSITORY) -> list[str] | N
     return [*tracked.splitlines(), *untracked.splitlines()]
 
 
+def chosen_for(revision: str | None, commit: str | None) -> Chosen:
+    """The test files that what differs from `revision` (auto: `base_revision`) and the turn of `commit` call for."""
+    base = base_revision() if revision == "auto" else revision
+    changed = (changed_files(base) if base else None) if revision else []
+    return choose(ImportGraph(REPOSITORY), changed, commit)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("selection", "tests that a commit calls for")
     group.addoption("--changed-since", metavar="REVISION", help="test what differs from it (auto: main, a tag)")
@@ -112,21 +121,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[DEADLINE] = time.time() + 60 * minutes
     revision, commit = config.getoption("--changed-since"), config.getoption("--rotate")
     if revision or commit:
-        base = base_revision() if revision == "auto" else revision
-        changed = (changed_files(base) if base else None) if revision else []
-        config.stash[CHOSEN] = choose(ImportGraph(REPOSITORY), changed, commit)
-        config.stash[TOLD] = f"since {base}" if changed is not None else "git cannot tell what changed: all files"
+        config.stash[CHOSEN] = chosen_for(revision, commit)
 
 
 DEADLINE: pytest.StashKey[float] = pytest.StashKey()
 CHOSEN: pytest.StashKey[Chosen] = pytest.StashKey()
-TOLD: pytest.StashKey[str] = pytest.StashKey()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     if CHOSEN not in config.stash:
         return []
-    return [f"test files chosen {config.stash[TOLD]}: {config.stash[CHOSEN].told}"]
+    return [config.stash[CHOSEN].told]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -178,3 +183,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         terminalreporter.write_line("\n".join(lines))
     if (path := config.getoption("--left-file")) is not None:
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    print(*chosen_for(*sys.argv[1:]).reasons, sep="\n")

@@ -69,8 +69,10 @@ def steps_to(graph: ImportGraph, *changed: str) -> dict[str, int]:
 
 def test_distances_count_imports_and_the_tests_of_a_package_are_near(graph: ImportGraph):
     assert steps_to(graph, "gcompute/config/size.py") == {
-        **{"apart.py": 1, "layer.py": 2},
-        **{"engine.py": 3, "words.py": 3},
+        "apart.py": 1,
+        "layer.py": 2,
+        "engine.py": 3,
+        "words.py": 3,
         "run.py": 5,
     }
     assert steps_to(graph, "gcompute/model/layer.py") == {"layer.py": 1, "apart.py": 1, "engine.py": 2, "run.py": 4}
