@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from tiers import mostly_slow
 
 from gcompute.config.mesh import MeshShape
 from gcompute.config.presets import PRESETS
@@ -42,7 +43,7 @@ def test_optimizer_state_is_what_optax_allocates(optimizer, preset):
     assert 0 <= tree_bytes(state) - predicted < 1024
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", mostly_slow(["none", "dots", "full"], "dots"))
 @pytest.mark.parametrize(
     "changes",
     [

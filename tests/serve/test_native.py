@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import mostly_slow
 
 from gcompute.cli.environment import HUGE_PAGES
 from gcompute.config.model import ModelConfig
@@ -175,8 +176,11 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("shape", SHAPES)
+# Each shape by default in one kind of numbers, and each kind in two shapes.
+KINDS = [(shape, dtype) for shape in SHAPES for dtype in ("float32", "bfloat16", "int8")]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), mostly_slow(KINDS, *KINDS[::4]))
 def test_attention_is_that_of_float64(suffix, shape, dtype):
     cache, cells, q, positions = cells_and_queries(**SHAPES[shape], dtype=dtype)
     assert_attends(attention.attend(q, cache, 0, positions, suffix), q, cells, positions, cache.compute)
@@ -351,6 +355,7 @@ def test_a_compiler_that_fails_is_told_by_its_first_error(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".so"]
 
 
+@pytest.mark.slow
 def test_a_library_is_compiled_once(tmp_path):
     first = build.build(build.compiler(), tmp_path, ("-O0",))
     made = first.stat().st_mtime_ns
