@@ -1,4 +1,4 @@
-"""In a copy of Colab's environment, installing gcompute changes nothing that is there: `pip freeze` before and after."""
+"""Installing gcompute in a copy of Colab's environment changes nothing that is there: `pip list` before and after."""
 
 import re
 import subprocess
