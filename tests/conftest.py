@@ -7,6 +7,8 @@ import pytest
 
 from gcompute.aot.xla_flags import FAST_COMPILES, add_flags
 
+pytest_plugins = ["selection", "shared_programs"]
+
 # Shells start what runs in the background with Ctrl-C ignored, and so would be the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -15,7 +17,6 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # XLA's threads: collectives of 8 devices side by side each hold one until all have come (see cli/environment.py).
 os.environ.setdefault("NPROC", "64")
-# The tests' own programs are small and many: keeping each on disk would cost more than compiling it.
 os.environ["GCOMPUTE_FAST"] = "0"
 # The slow tiers that start `gcompute` as a process of its own compile with optimized machine code.
 if "XLA_FLAGS" not in os.environ:

@@ -51,6 +51,7 @@ def test_bytes_are_those_of_the_textbook(programs, name, kinds):
     assert not any(row.unexplained_bytes for row in sent)
 
 
+@pytest.mark.slow
 def test_the_trainer_on_the_data_axis_sends_its_gradient_once_and_the_loss(programs):
     from account import account
 

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 from command_line import TINY, Command, Ended
 
@@ -32,15 +31,11 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment(cache: Path) -> Iterator[pytest.MonkeyPatch]:
-    """The cache in its place; what the command sets in JAX is set back."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
+    """The cache in its place."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GCOMPUTE_CACHE", str(cache))
         patch.setenv("COLUMNS", "100")
         yield patch
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture

@@ -27,7 +27,17 @@ def certificate(environment, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return result, page.read_text(encoding="utf-8")
 
 
+def test_a_strategy_alone_is_green_and_has_a_page(gcompute: Command, tmp_path: Path):
+    ended = gcompute("certify", "--quick", "--strategy", "vocabulary", "--json", "--html", tmp_path / "page.html")
+    assert ended.status == 0, ended.err
+    rows = json.loads(ended.out.splitlines()[-1])["rows"]
+    assert {row["verdict"] for row in rows} == {"equal"}
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert all(row["name"] in page for row in rows)
+
+
 @pytest.mark.oldest
+@pytest.mark.slow
 def test_the_quick_certificate_is_green(certificate):
     result, _ = certificate
     assert result["counts"]["differs"] == 0
@@ -37,6 +47,7 @@ def test_the_quick_certificate_is_green(certificate):
     assert covered >= set(STRATEGIES)
 
 
+@pytest.mark.slow
 def test_a_row_holds_numbers_collectives_and_one_compilation(certificate):
     rows = {row["name"]: row for row in certificate[0]["rows"]}
     product = rows["data=2,fsdp=2,tensor=2"]
@@ -51,6 +62,7 @@ def test_a_row_holds_numbers_collectives_and_one_compilation(certificate):
     assert all(row["verdict"] == "refused" for row in refused)
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_by_itself(certificate):
     result, page = certificate
     assert "http" not in page
@@ -61,6 +73,7 @@ def test_the_page_is_whole_by_itself(certificate):
     assert certificate_page.summary(result) in page
 
 
+@pytest.mark.slow
 def test_a_red_row_is_told_in_words(certificate):
     result, _ = certificate
     red = json.loads(json.dumps(result))
@@ -71,6 +84,7 @@ def test_a_red_row_is_told_in_words(certificate):
     assert "1 DIFFER" in page
 
 
+@pytest.mark.slow
 def test_the_tables_fit_a_page(certificate, capsys):
     from gcompute.cli.certify import _show
 

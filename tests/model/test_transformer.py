@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from float64 import float64
+from tiers import mostly_slow
 
 from gcompute.certify.reference import reference_logits
 from gcompute.config.model import ModelConfig
@@ -40,7 +41,7 @@ def perturbed(config: ModelConfig, seed: int = 0, dtype=jnp.float64):
     return jax.tree.map(lambda leaf: leaf.astype(dtype), structure.unflatten(moved))
 
 
-@pytest.fixture(params=CONFIGS, scope="module")
+@pytest.fixture(params=mostly_slow(CONFIGS, "llama", "gpt2"), scope="module")
 def config(request):
     return CONFIGS[request.param]
 
@@ -69,7 +70,7 @@ def test_forward_and_gradient_equal_the_textbook_in_float64(config):
             )
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", mostly_slow(["dots", "full"], "dots"))
 def test_remat_changes_no_gradient(remat):
     config = CONFIGS["llama"]
     with float64(True):
@@ -93,7 +94,7 @@ def test_cached_decoding_equals_one_pass(config):
     with float64(True):
         params = unstack(perturbed(config), config)
         tokens = jax.random.randint(jax.random.key(5), (3, 9), 0, config.vocab)
-        whole, _ = forward(params, tokens, config=config, execution=FLOAT64)
+        whole, _ = jax.jit(partial(forward, config=config, execution=FLOAT64))(params, tokens)
         cache = init_cache(config, batch=3, length=16, dtype=jnp.float64)
         step = jax.jit(partial(forward, config=config, execution=FLOAT64))
         positions = jnp.tile(jnp.arange(5), (3, 1))
@@ -108,10 +109,10 @@ def test_logits_at_picks_one_position_a_row():
     config = CONFIGS["llama"]
     params = unstack(init(config, jax.random.key(0)), config)
     tokens = jax.random.randint(jax.random.key(5), (3, 7), 0, config.vocab)
-    execution = Execution(compute=jnp.float32)
-    whole, _ = forward(params, tokens, config=config, execution=execution)
+    step = jax.jit(partial(forward, config=config, execution=Execution(compute=jnp.float32)))
+    whole, _ = step(params, tokens)
     at = jnp.array([0, 6, 3])
-    picked, _ = forward(params, tokens, config=config, execution=execution, logits_at_B=at)
+    picked, _ = step(params, tokens, logits_at_B=at)
     np.testing.assert_allclose(picked, whole[jnp.arange(3), at], rtol=1e-5, atol=1e-6)
 
 

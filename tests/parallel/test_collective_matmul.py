@@ -22,6 +22,7 @@ from per_device import (
     small_integers,
     tensor_mesh,
 )
+from tiers import mostly_slow
 
 from gcompute.aot.target import check_installed, target_environment
 from gcompute.config.mesh import Axis
@@ -49,7 +50,8 @@ def assert_product(ran, x, w):
 
 
 @pytest.mark.parametrize(
-    ("size", "bidirectional"), [(1, True), (2, False), (2, True), (4, True), (8, False), (8, True)]
+    ("size", "bidirectional"),
+    mostly_slow([(1, True), (2, False), (2, True), (4, True), (8, False), (8, True)], (2, False), (4, True)),
 )
 def test_products_equal_one_device_and_send_n_minus_1_times(size, bidirectional):
     mesh, sends = tensor_mesh(size), (size - 1) * (2 if bidirectional else 1)
@@ -114,7 +116,7 @@ def one_device_feed_forward(x, w):
 
 @pytest.mark.oldest("2-1-both ways")
 @WAYS
-@pytest.mark.parametrize(("size", "data"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize(("size", "data"), mostly_slow([(2, 1), (4, 2)], (2, 1)))
 def test_feed_forward_equals_one_device_and_sends_to_neighbours_only(size, data, bidirectional):
     mesh = tensor_mesh(size, data)
     specs = {name: feed_forward_specs(mesh, ffn=F)[name] for name in WEIGHTS}
@@ -184,7 +186,7 @@ def both_the_same_half(t, bidirectional):
 MUTANTS = [two_steps_a_send, the_other_way_round, to_nobody_at_the_end, both_the_same_half]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("mutant", mostly_slow(MUTANTS, two_steps_a_send))
 def test_mutants_are_detected(mutant, monkeypatch):
     monkeypatch.setattr(collective_matmul, "_lanes" if mutant is both_the_same_half else "_ring", mutant)
     mesh, multiply = tensor_mesh(4), lambda x, w: x @ w

@@ -10,6 +10,7 @@ import pytest
 from float64 import float64
 from jax.sharding import NamedSharding, PartitionSpec
 from small_network import ROWS, leaves, loss_fn, train, values
+from tiers import mostly_slow
 
 from gcompute.aot.hlo import read_collectives
 from gcompute.config.mesh import Axis, MeshShape
@@ -66,7 +67,11 @@ def test_one_step_on_small_integers_is_bitwise_that_of_numpy(notation, accumulat
 
 
 @pytest.mark.parametrize(
-    ("notation", "optimizer_name"), [("pmap", "adamw"), ("shard_map", "sgd"), ("shard_map", "adamw"), ("jit", "sgd")]
+    ("notation", "optimizer_name"),
+    mostly_slow(
+        [("pmap", "adamw"), ("shard_map", "sgd"), ("shard_map", "adamw"), ("jit", "sgd")],
+        *(("pmap", "adamw"), ("shard_map", "adamw"), ("jit", "sgd")),
+    ),
 )
 def test_several_steps_equal_numpys(notation, optimizer_name):
     check(notation, optimizer_name)
@@ -78,7 +83,10 @@ def compiled(notation, accumulation):
     return build(notation, loss_fn, optimizer, accumulation).lower(params, optimizer.init(params), batch).compile()
 
 
-@pytest.mark.parametrize(("notation", "accumulation"), [("shard_map", 1), ("shard_map", 4), ("jit", 4)])
+@pytest.mark.parametrize(
+    ("notation", "accumulation"),
+    mostly_slow([("shard_map", 1), ("shard_map", 4), ("jit", 4)], ("shard_map", 4), ("jit", 4)),
+)
 def test_gradients_are_reduced_once_after_the_last_microbatch(notation, accumulation):
     found = read_collectives(compiled(notation, accumulation), MESH)
     assert [(one.kind, one.loops, one.axes) for one in found] == [("all-reduce", (), (Axis.DATA,))]
@@ -104,7 +112,7 @@ def test_the_gradient_of_invariant_parameters_would_be_reduced_in_the_loop():
 
 
 @pytest.mark.oldest("jit")
-@pytest.mark.parametrize("notation", ["shard_map", "jit"])
+@pytest.mark.parametrize("notation", mostly_slow(["shard_map", "jit"], "jit"))
 def test_one_compilation_serves_every_step_and_the_batch_may_span_two_axes(notation):
     mesh, axes = build_mesh(MeshShape(data=2, fsdp=4)), (Axis.DATA, Axis.FSDP)
     builder = {"shard_map": shard_map_step, "jit": jit_step}[notation]
@@ -161,14 +169,18 @@ MUTANTS = {
 @pytest.mark.oldest("pmap-no reduction", "shard_map-no reduction")
 @pytest.mark.parametrize(
     ("notation", "mutant"),
-    [
-        *(("shard_map", name) for name in MUTANTS if name != "one device's rows"),
-        ("pmap", "no reduction"),
-        ("pmap", "a sum where a mean belongs"),
-        ("pmap", "one device's rows"),
-        ("jit", "one device's rows"),
-        ("jit", "one microbatch"),
-    ],
+    mostly_slow(
+        [
+            *(("shard_map", name) for name in MUTANTS if name != "one device's rows"),
+            ("pmap", "no reduction"),
+            ("pmap", "a sum where a mean belongs"),
+            ("pmap", "one device's rows"),
+            ("jit", "one device's rows"),
+            ("jit", "one microbatch"),
+        ],
+        *(("shard_map", name) for name in ("no reduction", "another axis", "the loss alone")),
+        *(("pmap", "no reduction"), ("jit", "one microbatch")),
+    ),
 )
 def test_a_fault_is_caught(notation, mutant, monkeypatch):
     monkeypatch.setattr(data, *MUTANTS[mutant])

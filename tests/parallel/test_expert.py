@@ -10,6 +10,7 @@ import pytest
 from float64 import float64
 from jax.sharding import NamedSharding, PartitionSpec
 from textbook_experts import textbook_mixture
+from tiers import mostly_slow
 
 from gcompute.aot.hlo import count_collectives, read_collectives
 from gcompute.config.mesh import Axis, MeshShape
@@ -163,7 +164,7 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "capacity"), MESHES, ids=str)
+@pytest.mark.parametrize(("shape", "capacity"), mostly_slow(MESHES, MESHES[0], MESHES[4]), ids=str)
 def test_results_and_gradients_are_the_textbooks(shape, capacity):
     assert (expected(capacity).dropped > 0) == (capacity is not None)
     check(run_on(shape, capacity=capacity), expected(capacity))
@@ -199,7 +200,9 @@ COLLECTIVES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "capacity", "moves"), COLLECTIVES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "capacity", "moves"), mostly_slow(COLLECTIVES, COLLECTIVES[0], COLLECTIVES[3]), ids=str
+)
 def test_integers_to_the_bit_and_tokens_by_all_to_all_alone(shape, capacity, moves):
     layout = "contiguous" if capacity is None else "zigzag"
     *results, compiled = run_on(shape, capacity=capacity, layout=layout, exact=True)
@@ -263,7 +266,10 @@ def test_tokens_travel_in_the_compute_dtype():
     np.testing.assert_allclose(y, expected(TIGHT).y, rtol=0.05, atol=0.05 * np.abs(expected(TIGHT).y).max())
 
 
-@pytest.mark.parametrize("shape", [MeshShape(expert=8), MeshShape(data=2, expert=2, tensor=2)], ids=str)
+AUTOMATIC = [MeshShape(expert=8), MeshShape(data=2, expert=2, tensor=2)]
+
+
+@pytest.mark.parametrize("shape", mostly_slow(AUTOMATIC, AUTOMATIC[0]), ids=str)
 def test_the_automatic_form_is_the_same_layer_with_the_same_all_to_alls(shape):
     x, weights, dy = problem()
 
@@ -339,7 +345,9 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "options"), MUTANTS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    ("fault", "options"), mostly_slow(MUTANTS, MUTANTS[0]), ids=lambda value: getattr(value, "__name__", "")
+)
 def test_a_fault_shows(monkeypatch, fault, options):
     fault(monkeypatch)
     assert differs(**options)

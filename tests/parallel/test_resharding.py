@@ -23,6 +23,9 @@ from gcompute.train.loop import METRICS, train
 from gcompute.train.metrics_log import read_metrics
 from gcompute.train.programs import Programs, build_programs
 
+# By default the tests of resuming go from one device to a mesh of three axes.
+pytestmark = pytest.mark.slow
+
 LEG = 2
 # Each axis is on some mesh, and from each mesh to the next something else is split.
 MESHES = {

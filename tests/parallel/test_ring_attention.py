@@ -16,6 +16,7 @@ import pytest
 from float64 import float64
 from jax.sharding import PartitionSpec as P
 from textbook_attention import causal_attention
+from tiers import mostly_slow
 
 from gcompute.aot.hlo import count_collectives, program_text, read_collectives
 from gcompute.aot.program_text import parse_programs
@@ -91,7 +92,7 @@ SIZES = (1, 2, 4, 8)
 
 # Of at most 32 terms of order 1, sums in another order differ by some 1e-16: thousands of those are allowed.
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("num_shards", SIZES)
+@pytest.mark.parametrize("num_shards", mostly_slow(SIZES, 1, 4))
 def test_the_ring_is_the_textbook(num_shards, layout):
     assert largest_error(programs(num_shards, layout), num_shards, layout) < 1e-12
 
@@ -192,7 +193,7 @@ FORWARD_MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("name", FORWARD_MUTANTS)
+@pytest.mark.parametrize("name", mostly_slow(FORWARD_MUTANTS, "mask one key early"))
 def test_a_mutant_of_the_forward_pass_is_seen(name, monkeypatch):
     monkeypatch.setattr(module, *FORWARD_MUTANTS[name])
     (q, k, v, _), (expected, *_) = problem()
@@ -253,7 +254,7 @@ TWO_AXES = {
 
 
 @pytest.mark.oldest("context=2,tensor=2")
-@pytest.mark.parametrize("text", TWO_AXES)
+@pytest.mark.parametrize("text", mostly_slow(TWO_AXES, "context=2,tensor=4"))
 def test_two_axes(text):
     shape, (kv_heads, specs) = MeshShape.parse(text), TWO_AXES[text]
     arrays, expected = problem(kv_heads)
@@ -337,6 +338,7 @@ def ring_layers(remat, x, w_LI):
 W_LI = 1 + np.arange(6.0).reshape(2, 3) / 10
 
 
+@pytest.mark.slow
 def test_layers_in_a_loop_that_are_computed_again_for_the_backward_pass():
     x = problem()[0][0]
     order, inverse = sequence_order(SEQ, 2, "zigzag"), inverse_order(SEQ, 2, "zigzag")
@@ -370,6 +372,7 @@ def test_kept_results_save_the_second_forward_pass(remat, messages):
     assert len(re.findall(r"\bstablehlo\.collective_permute\b", traced.as_text())) == messages
 
 
+@pytest.mark.slow
 def test_inside_a_map_that_leaves_other_axes_to_the_compiler():
     """Manual over data outside, over context inside; the tensor axis splits the heads by itself."""
     shape = MeshShape(data=2, context=2, tensor=2)

@@ -22,6 +22,7 @@ from per_device import (
     small_integers,
     tensor_mesh,
 )
+from tiers import mostly_slow
 
 from gcompute.config.mesh import Axis
 from gcompute.parallel import sequence, tensor
@@ -123,8 +124,11 @@ def close(got, expected):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), got, expected)
 
 
+BLOCKS = [("rms", 2, 1), ("layer", 8, 1), ("rms", 4, 2)]
+
+
 @pytest.mark.oldest("layer-8-1", "rms-2-1")
-@pytest.mark.parametrize(("norm", "size", "data"), [("rms", 2, 1), ("layer", 8, 1), ("rms", 4, 2)])
+@pytest.mark.parametrize(("norm", "size", "data"), mostly_slow(BLOCKS, BLOCKS[2]))
 def test_a_block_with_norms_and_residual_equals_one_device(norm, size, data):
     mesh, params = tensor_mesh(size, data), block_params()
     with float64(True):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from float64 import float64
 from jax.sharding import NamedSharding, PartitionSpec
+from tiers import mostly_slow
 
 from gcompute.config.mesh import MeshShape
 from gcompute.config.presets import PRESETS
@@ -82,7 +83,11 @@ MESHES = {
 
 
 @pytest.mark.parametrize(
-    ("mesh", "optimizer_name"), [*((mesh, "adamw") for mesh in MESHES), ("data=2,fsdp=2,tensor=2", "muon")]
+    ("mesh", "optimizer_name"),
+    mostly_slow(
+        [*((mesh, "adamw") for mesh in MESHES), ("data=2,fsdp=2,tensor=2", "muon")],
+        *(("data=2", "adamw"), ("data=2,fsdp=2,tensor=2", "adamw")),
+    ),
 )
 def test_a_mesh_trains_as_one_device_does(mesh: str, optimizer_name: str, reference):
     shape = MeshShape.parse(mesh)

@@ -21,6 +21,7 @@ from per_device import (
     small_integers,
     tensor_mesh,
 )
+from tiers import mostly_slow
 
 from gcompute.config.mesh import Axis
 from gcompute.parallel.collectives import varying
@@ -51,7 +52,10 @@ def assert_product(ran, x, w):
 
 
 @pytest.mark.oldest("1-True")
-@pytest.mark.parametrize(("tensor", "check_vma"), [(1, True), (2, True), (4, True), (4, False), (8, True)])
+@pytest.mark.parametrize(
+    ("tensor", "check_vma"),
+    mostly_slow([(1, True), (2, True), (4, True), (4, False), (8, True)], (1, True), (4, True), (4, False)),
+)
 def test_products_equal_one_device(tensor, check_vma):
     mesh = tensor_mesh(tensor)
     assert_product(run(column, mesh, *COLUMN, x_BTD, w_DF, check_vma=check_vma), x_BTD, w_DF)
@@ -120,7 +124,7 @@ def feed_forward_layout(mesh, names):
     return (P(Axis.DATA), {name: specs[name] for name in names}), P(Axis.DATA)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", mostly_slow(FORMS, "gated", "plain with biases"))
 def test_feed_forward_equals_one_device(form):
     mesh, weights = tensor_mesh(4, data=2), {name: WEIGHTS[name] for name in FORMS[form]}
     layout = feed_forward_layout(mesh, weights)
@@ -165,7 +169,7 @@ def attention_layout(mesh, kv_heads=N // 2):
     return (P(Axis.DATA), {name: specs[name] for name in HEADS}), P(Axis.DATA)
 
 
-@pytest.mark.parametrize(("tensor", "data"), [(1, 1), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("tensor", "data"), mostly_slow([(1, 1), (2, 1), (4, 2)], (4, 2)))
 def test_attention_equals_one_device(tensor, data):
     mesh = tensor_mesh(tensor, data)
     ran = run(split_attention, mesh, *attention_layout(mesh), x_BTD, HEADS)

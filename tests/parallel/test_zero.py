@@ -14,6 +14,7 @@ import pytest
 from float64 import float64
 from jax.sharding import NamedSharding, PartitionSpec
 from small_network import leaves, loss_fn, train, values
+from tiers import mostly_slow
 
 from gcompute.aot.hlo import collective_bytes_by_axis, read_collectives
 from gcompute.config.mesh import Axis, MeshShape
@@ -87,21 +88,22 @@ def check(notation, stage, name, *, clip=None, exact=False, steps=3, accumulatio
             np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", mostly_slow([1, 2, 3], 2))
 @pytest.mark.parametrize("notation", NOTATIONS)
 def test_one_step_on_small_integers_is_bitwise_that_of_numpy(notation, stage):
     check(notation, stage, "sgd", exact=True, steps=1)
 
 
 @pytest.mark.oldest("explicit-3")
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", mostly_slow([1, 2, 3], 1, 3))
 @pytest.mark.parametrize("notation", NOTATIONS)
 def test_several_steps_of_adamw_with_clipping_equal_numpys(notation, stage):
     check(notation, stage, "adamw", clip=0.5)
 
 
 @pytest.mark.parametrize(
-    ("notation", "stage", "accumulation"), [("explicit", 2, 1), ("explicit", 3, 2), ("automatic", 1, 2)]
+    ("notation", "stage", "accumulation"),
+    mostly_slow([("explicit", 2, 1), ("explicit", 3, 2), ("automatic", 1, 2)], ("explicit", 3, 2)),
 )
 def test_hybrid_sharding_equals_numpy(notation, stage, accumulation):
     check(notation, stage, "sgd", accumulation=accumulation, mesh=HYBRID, replicas=(Axis.DATA,))
@@ -325,7 +327,7 @@ MUTANTS = {
 
 
 @pytest.mark.oldest("another axis")
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("mutant", mostly_slow(MUTANTS, "no reduction", "another axis"))
 def test_a_fault_is_caught(mutant, monkeypatch):
     name, faulty = MUTANTS[mutant]
     monkeypatch.setattr(zero, name, faulty)

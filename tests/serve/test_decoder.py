@@ -86,7 +86,7 @@ def rms(x) -> float:
 # Those that leave out nothing are enough for a quick look.
 QUICK = {
     *((family, Layout.PACKED) for family in ("qwen3", "gpt2", "biased-llama")),
-    *(("qwen3", Layout.FUSED), ("experts", Layout.PLAIN), ("biased-llama", Layout.PLAIN)),
+    ("experts", Layout.PLAIN),
 }
 CASES = [
     pytest.param(family, layout, marks=() if (family, layout) in QUICK else pytest.mark.slow)

@@ -54,12 +54,10 @@ MODELS = {
     # Tokens that share experts' places depend on each other, so a batch holds but one of them.
     "experts with places": dataclasses.replace(DENSE, experts=4, ffn=16, capacity_factor=4.0),
 }
-CASES = [
+CASES = [("dense", "data=2,fsdp=2,tensor=2", {"speculate": "ngram"})]
+SLOW_CASES = [
     # Two devices share each key/value head.
     ("dense", "tensor=8", {}),
-    ("dense", "data=2,fsdp=2,tensor=2", {"speculate": "ngram"}),
-]
-SLOW_CASES = [
     ("experts", "data=2,expert=2,tensor=2", {"kv": "int8"}),
     ("dense", "tensor=2,data=2", {}),
     ("dense", "tensor=4", {"slots": 2}),
@@ -177,6 +175,7 @@ def test_a_mesh_serves_what_one_device_does(name: str, mesh: str, changes: dict,
     check_no_pages_move(engine)
 
 
+@pytest.mark.slow
 def test_those_that_give_way_go_on_exactly(checked_books):
     """Each share has pages of one request and one more, and two slots; both ways to give way, with one compilation."""
     tight = {"slots": 4, "kv_tokens": 2 * (16 + PAGE)}

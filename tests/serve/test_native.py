@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import mostly_slow
 
 from gcompute.cli.environment import HUGE_PAGES
 from gcompute.config.model import ModelConfig
@@ -177,9 +178,12 @@ SHAPES = {
 }
 
 
+# Each shape by default in one kind of numbers, and each kind in two shapes.
+KINDS = [(shape, dtype) for shape in SHAPES for dtype in ("float32", "bfloat16", "int8")]
+
+
 @pytest.mark.oldest("native-one query-int8")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), mostly_slow(KINDS, *KINDS[::4]))
 def test_attention_is_that_of_float64(suffix, shape, dtype):
     cache, cells, q, positions = cells_and_queries(**SHAPES[shape], dtype=dtype)
     assert_attends(attention.attend(q, cache, 0, positions, suffix), q, cells, positions, cache.compute)
@@ -355,6 +359,7 @@ def test_a_compiler_that_fails_is_told_by_its_first_error(tmp_path):
 
 
 @pytest.mark.oldest
+@pytest.mark.slow
 def test_a_library_is_compiled_once(tmp_path):
     first = build.build(build.compiler(), tmp_path, ("-O0",))
     made = first.stat().st_mtime_ns

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas
+from tiers import mostly_slow
 
 from gcompute.config.mesh import MeshShape
 from gcompute.model.attention import attend
@@ -132,7 +133,7 @@ def test_flat_tokens_are_each_rows_own_attention(spare_rows: int):
     # float32 sums; bfloat16 rounds weights and results to 8 bits. A head of 16 is padded.
     [
         pytest.param(128, jnp.float32, 1e-5, id="float32", marks=pytest.mark.slow),
-        pytest.param(16, jnp.float32, 1e-5, id="padded head"),
+        pytest.param(16, jnp.float32, 1e-5, id="padded head", marks=pytest.mark.slow),
         pytest.param(128, jnp.bfloat16, 0.03, id="bfloat16", marks=pytest.mark.slow),
     ],
 )
@@ -177,7 +178,10 @@ def test_a_step_of_decoding_by_a_kernel(kernel: str, head: int):
     np.testing.assert_allclose(np.asarray(found)[real, 0], expected, atol=0.03)
 
 
-@pytest.mark.parametrize(("text", "kv_heads"), [("tensor=2", 2), ("data=2,tensor=2", 2), ("tensor=4", 2)])
+@pytest.mark.parametrize(
+    ("text", "kv_heads"),
+    mostly_slow([("tensor=2", 2), ("data=2,tensor=2", 2), ("tensor=4", 2)], ("data=2,tensor=2", 2)),
+)
 def test_a_mesh_attends_as_one_device_does(text: str, kv_heads: int):
     """Heads over tensor, each kept twice where there are too few, and rows with their pages over data."""
     shape = MeshShape.parse(text)

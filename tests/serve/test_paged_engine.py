@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import pytest
 from greedy import random_prompts, solo_greedy
+from tiers import mostly_slow
 
 from gcompute.config.serve import ServeConfig
 from gcompute.model.transformer import abstract_params
@@ -290,7 +291,7 @@ def test_memory_decides_how_many_pages_there_are(make_engine, config, monkeypatc
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"speculate": "ngram"}, pytest.param({"weights": "int8", "kv": "int8"}, marks=pytest.mark.slow)],
+    mostly_slow([{}, {"speculate": "ngram"}, {"weights": "int8", "kv": "int8"}], {}),
 )
 def test_programs_of_the_kernels_work_with_no_more_memory_than_is_predicted(config, more):
     if not build.available():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from greedy import random_prompts, solo_greedy
+from tiers import mostly_slow
 
 from gcompute.config.model import ModelConfig
 from gcompute.config.serve import ServeConfig
@@ -55,7 +56,7 @@ def by_model(tiny):
         yield engine
 
 
-@pytest.fixture(params=["by_ngram", "by_model"])
+@pytest.fixture(params=mostly_slow(["by_ngram", "by_model"], "by_ngram"))
 def speculating(request):
     return request.getfixturevalue(request.param)
 

@@ -1,9 +1,8 @@
-"""Tiny real text as tokens, and programs that are compiled once a session."""
+"""Tiny real text as tokens."""
 
 import random
 from pathlib import Path
 
-import jax
 import pytest
 
 from gcompute.config.train import DataConfig
@@ -23,15 +22,3 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenizedCorpus:
     return prepare(DataConfig(data=str(text_file), tokenizer="char"), tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="session")
-def compiled_programs(tmp_path_factory: pytest.TempPathFactory):
-    """Programs are compiled once a session, and read back from disk as another process would read them."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("xla")))
-    jax.config.update(names[1], 0.1)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)

@@ -1,6 +1,7 @@
 """What the loop does and when: the same steps however they are grouped, evaluations and checkpoints in their places."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,8 +17,6 @@ from gcompute.train.corpus import TokenizedCorpus
 from gcompute.train.events import Evaluated, Saved, Started, Stepped
 from gcompute.train.loop import advice_on_memory, evaluate, open_data, train
 from gcompute.train.programs import build_programs, resolve_mesh
-
-pytestmark = pytest.mark.usefixtures("compiled_programs")
 
 
 @pytest.mark.oldest
@@ -51,9 +50,10 @@ def test_the_validation_loss_is_the_mean_over_every_token_of_the_split(corpus: T
     ours = evaluate(programs, params, windows, len(windows))
     tokens = np.asarray(corpus.val, np.int64)
     losses = []
+    one_pass = jax.jit(partial(forward, config=run.model, execution=programs.execution))
     for start in range(0, len(tokens) - 1, run.seq):
         window = tokens[start : start + run.seq + 1]
-        logits, _ = forward(params, jnp.asarray(window[None, :-1]), config=run.model, execution=programs.execution)
+        logits, _ = one_pass(params, jnp.asarray(window[None, :-1]))
         logits = np.asarray(logits[0], np.float64)
         norms = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
         losses.extend(norms - np.take_along_axis(logits, window[1:, None], -1)[:, 0])

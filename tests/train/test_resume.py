@@ -18,8 +18,6 @@ from gcompute.train.loop import METRICS, train
 from gcompute.train.metrics_log import read_metrics
 from gcompute.train.programs import build_programs
 
-pytestmark = pytest.mark.usefixtures("compiled_programs")
-
 
 def stop_after(num_dispatches: int):
     """A `stopped` that says yes after so many dispatches."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from tiers import mostly_slow
 
 from gcompute.aot.hlo import count_collectives
 from gcompute.config.mesh import Axis, MeshShape
@@ -123,7 +124,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("schedule", "uniform_ends", "permutes"),
-    CASES,
+    mostly_slow(CASES, *(CASES[at] for at in (1, 3, 5, 7))),
     ids=[f"{s.name}-{s.num_stages}-{s.num_microbatches}-{u}" for s, u, _ in CASES],
 )
 def test_loss_and_gradients_are_those_of_one_device_bit_by_bit(schedule, uniform_ends, permutes):
@@ -145,7 +146,7 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", mostly_slow(TABLES, "split"))
 def test_a_table_of_the_users_own_gives_the_same_numbers(name):
     schedule = Schedule.from_dict({"num_stages": 2, "num_microbatches": 2, "ticks": TABLES[name]})
     assert differs(schedule) == [False, False, False]
@@ -242,7 +243,9 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "expected"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    ("fault", "expected"), mostly_slow(FAULTS, FAULTS[0]), ids=lambda value: getattr(value, "__name__", "")
+)
 def test_a_fault_is_seen(monkeypatch, fault, expected):
     fault(monkeypatch)
     assert differs(one_f_one_b(3, 4)) == expected

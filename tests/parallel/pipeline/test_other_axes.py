@@ -102,6 +102,7 @@ def pipeline(schedule, mesh, *, axes, stage_fn=stage, batch_axes=(), specs=STAGE
     )
 
 
+@pytest.mark.slow
 def test_several_optimizer_steps_beside_a_data_axis():
     with float64():
         schedule, mesh = interleaved(2, MICROBATCHES, 2), build_mesh(MeshShape(stage=2, data=2))
@@ -187,6 +188,7 @@ def test_collectives_over_a_manual_tensor_axis_inside_a_stage():
 
 
 @pytest.mark.oldest
+@pytest.mark.slow
 def test_a_shard_map_inside_a_stage():
     with float64():
         mesh = build_mesh(MeshShape(stage=2, tensor=2))
@@ -205,6 +207,7 @@ def test_a_shard_map_inside_a_stage():
         assert_same(found, expected_gradients())
 
 
+@pytest.mark.slow
 def test_activations_that_differ_along_another_axis():
     """x split over the context axis all along the pipeline; the loss is the mean over its pieces."""
     with float64():
@@ -220,6 +223,7 @@ def test_activations_that_differ_along_another_axis():
         assert_same(jax.jit(run)(layers, extra, tokens, targets), expected_gradients())
 
 
+@pytest.mark.slow
 def test_without_check_vma_where_stages_hold_no_collectives():
     with float64():
         mesh = build_mesh(MeshShape(stage=2))
