@@ -14,6 +14,7 @@ import psutil
 
 HUGE_PAGES_FILE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CPUINFO_FILE = Path("/proc/cpuinfo")
+CACHE_DIRECTORY = Path("/sys/devices/system/cpu/cpu0/cache")
 # (limit, use) of this process's control group, versions 2 and 1: a container has less memory than its host shows.
 CGROUP_MEMORY_FILES = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -59,6 +60,15 @@ class Machine:
         return {**dataclasses.asdict(self), "uses_huge_pages": self.uses_huge_pages}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """One cache of the first core. level: 1 is the smallest. cores: how many share it."""
+
+    level: int
+    size_bytes: int
+    cores: int
+
+
 def look() -> Machine:
     """Look at this machine; starts JAX's backend."""
     device = jax.local_devices()[0]
@@ -93,12 +103,7 @@ def usable_cores() -> int:
 def cpu_model() -> str | None:
     """The processor's name, or None where the system does not tell it."""
     if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        try:
-            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return answer.stdout.strip() or None
+        return _sysctl("machdep.cpu.brand_string")
     text = _read(CPUINFO_FILE)
     return parse_cpu_model(text) if text is not None else None
 
@@ -114,6 +119,66 @@ def parse_cpu_model(cpuinfo: str) -> str | None:
         if name.strip().lower() == "model name" and value.strip():
             return value.strip()
     return None
+
+
+def data_caches(directory: Path | None = None) -> tuple[Cache, ...]:
+    """The caches that hold the first core's data, smallest first; empty where the system does not tell them.
+
+    Linux lists them under /sys/devices/system/cpu, macOS tells those of its fast cores by sysctl.
+    """
+    if sys.platform == "darwin" and directory is None:
+        return _darwin_caches()
+    caches = []
+    for index in sorted((directory or CACHE_DIRECTORY).glob("index*")):
+        level, kind, size, shared = (_read(index / name) for name in ("level", "type", "size", "shared_cpu_list"))
+        if level is None or kind is None or size is None or kind.strip() == "Instruction":
+            continue
+        size_bytes = parse_cache_size(size)
+        if level.strip().isdecimal() and size_bytes:
+            caches.append(Cache(level=int(level), size_bytes=size_bytes, cores=count_cores(shared or "0")))
+    return tuple(sorted(caches, key=lambda cache: cache.level))
+
+
+def parse_cache_size(text: str) -> int | None:
+    """Bytes of a size as the kernel writes it, None for anything else.
+
+    >>> parse_cache_size("512K"), parse_cache_size("8M"), parse_cache_size("")
+    (524288, 8388608, None)
+    """
+    number, unit = text.strip()[:-1], text.strip()[-1:]
+    if unit.isdecimal():
+        number, unit = text.strip(), ""
+    scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}.get(unit)
+    return int(number) * scale if scale and number.isdecimal() else None
+
+
+def count_cores(cpu_list: str) -> int:
+    """How many processors a list of the kernel names, at least 1.
+
+    >>> count_cores("0-3,8-11"), count_cores("0")
+    (8, 1)
+    """
+    total = 0
+    for part in cpu_list.strip().split(","):
+        first, _, last = part.partition("-")
+        if first.isdecimal() and (last or first).isdecimal():
+            total += int(last or first) - int(first) + 1
+    return max(total, 1)
+
+
+def _darwin_caches() -> tuple[Cache, ...]:
+    caches = []
+    for level, size_name, cores_name in (
+        (1, "hw.perflevel0.l1dcachesize", None),
+        (2, "hw.perflevel0.l2cachesize", "hw.perflevel0.cpusperl2"),
+    ):
+        size = _sysctl(size_name)
+        cores = _sysctl(cores_name) if cores_name else "1"
+        if size and size.isdecimal() and int(size):
+            caches.append(
+                Cache(level=level, size_bytes=int(size), cores=int(cores) if cores and cores.isdecimal() else 1)
+            )
+    return tuple(caches)
 
 
 def host_memory_bytes() -> tuple[int, int]:
@@ -151,6 +216,15 @@ def malloc_asks_for_huge_pages(tunables: str) -> bool:
     """
     pairs = (setting.partition("=") for setting in tunables.split(":"))
     return any(name.strip() == "glibc.malloc.hugetlb" and value.strip() not in ("", "0") for name, _, value in pairs)
+
+
+def _sysctl(name: str) -> str | None:
+    """A value of macOS's, None where it has none of this name."""
+    try:
+        answer = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None
 
 
 def _read(path: Path) -> str | None:
