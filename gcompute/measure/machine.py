@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -137,6 +138,15 @@ def data_caches(directory: Path | None = None) -> tuple[Cache, ...]:
         if level.strip().isdecimal() and size_bytes:
             caches.append(Cache(level=int(level), size_bytes=size_bytes, cores=count_cores(shared or "0")))
     return tuple(sorted(caches, key=lambda cache: cache.level))
+
+
+def last_cache_bytes(caches: Sequence[Cache], *, cores: int) -> int | None:
+    """What `cores` cores have of the largest cache level together, each its share of what it shares; None if untold.
+
+    >>> last_cache_bytes([Cache(level=3, size_bytes=2**23, cores=4)], cores=2) == 2**22
+    True
+    """
+    return max((cache.size_bytes * cores // cache.cores for cache in caches), default=None)
 
 
 def parse_cache_size(text: str) -> int | None:

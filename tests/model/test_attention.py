@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float64 import float64
 
 from gcompute.model.attention import attend, attend_in_blocks
 
@@ -24,7 +25,7 @@ def whole(q_BTNH, k_BTKH, v_BTKH, compute):
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 12])
 def test_blocks_are_the_whole_square(kv_heads, num_blocks):
-    with jax.enable_x64(True):
+    with float64(True):
         q, k, v = arrays(kv_heads, "float64")
         weights = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape))
 
