@@ -17,6 +17,9 @@ from gcompute.parallel.placement import Placement, constrain
 from gcompute.parallel.ring_attention import ring_attention
 from gcompute.parallel.ulysses import ulysses_attention
 
+# A projection's matrix and its bias.
+Pairs = tuple[tuple[nnx.Param, nnx.Param | None], ...]
+
 # Finite, so that a row with no visible key gives a uniform distribution and not NaN.
 MASKED = -1e30
 
@@ -146,12 +149,15 @@ class Attention(nnx.Module):
         compute: jnp.dtype,
         kernel: str = "xla",
         query_blocks: int = 1,
+        one_projection: bool = False,
         placement: Placement | None = None,
     ) -> tuple[Float[Array, "b t d"], tuple[Array, Array] | LayerCache | None]:
         b, t, _ = x_BTD.shape
-        q_BTNH = constrain(placement, self._project(x_BTD, self.q_DNH, self.q_bias_NH, compute), "BTNH")
-        k_BTKH = constrain(placement, self._project(x_BTD, self.k_DKH, self.k_bias_KH, compute), "BTKH")
-        v_BTKH = constrain(placement, self._project(x_BTD, self.v_DKH, self.v_bias_KH, compute), "BTKH")
+        pairs = ((self.q_DNH, self.q_bias_NH), (self.k_DKH, self.k_bias_KH), (self.v_DKH, self.v_bias_KH))
+        project = self._project_at_once if one_projection else self._project
+        q_BTNH, k_BTKH, v_BTKH = project(x_BTD, pairs, compute)
+        q_BTNH, k_BTKH = constrain(placement, q_BTNH, "BTNH"), constrain(placement, k_BTKH, "BTKH")
+        v_BTKH = constrain(placement, v_BTKH, "BTKH")
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if rotary is not None:
@@ -181,7 +187,23 @@ class Attention(nnx.Module):
         out_BTD = linear(o_BTNH.reshape(b, t, -1), self.o_NHD[...].reshape(-1, x_BTD.shape[-1]), compute)
         return out_BTD if self.o_bias_D is None else out_BTD + self.o_bias_D[...], cache
 
-    def _project(self, x_BTD: Array, w: nnx.Param, bias: nnx.Param | None, compute: jnp.dtype) -> Array:
-        d, heads, h = w.shape
-        y = linear(x_BTD, w[...].reshape(d, heads * h), compute).reshape(*x_BTD.shape[:2], heads, h)
-        return y if bias is None else y + bias[...]
+    def _project(self, x_BTD: Array, pairs: Pairs, compute: jnp.dtype) -> list[Array]:
+        """x times each matrix, plus its bias, [b, t, heads, h] each."""
+        return [_headed(linear(x_BTD, _flat(w), compute), w.shape[1], bias) for w, bias in pairs]
+
+    def _project_at_once(self, x_BTD: Array, pairs: Pairs, compute: jnp.dtype) -> list[Array]:
+        """The same by one product with the matrices side by side, and so one product for the gradient of x."""
+        weights = [_flat(w) for w, _ in pairs]
+        sizes = [w.shape[1] for w in weights]
+        pieces = jax.lax.split(linear(x_BTD, jnp.concatenate(weights, axis=1), compute), sizes, axis=2)
+        return [_headed(piece, w.shape[1], bias) for piece, (w, bias) in zip(pieces, pairs, strict=True)]
+
+
+def _flat(w_DNH: nnx.Param) -> Array:
+    return w_DNH[...].reshape(w_DNH.shape[0], -1)
+
+
+def _headed(y: Array, heads: int, bias_NH: nnx.Param | None) -> Array:
+    """[b, t, n h] as [b, t, n, h], plus the bias."""
+    y_BTNH = y.reshape(*y.shape[:2], heads, -1)
+    return y_BTNH if bias_NH is None else y_BTNH + bias_NH[...]

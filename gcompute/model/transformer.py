@@ -38,7 +38,8 @@ class Execution:
     remat: what the backward pass recomputes: "none", "dots" (all but matmul results) or "full" (all but the inputs of
     blocks). unroll: layers a scan step; at least `layers` means no scan. kernel: what computes attention over whole
     sequences, "xla" or "splash". query_blocks: blocks of queries that "xla" takes one after another, each over the keys
-    up to its own end; they divide T. placement: the mesh, or None on one device.
+    up to its own end; they divide T. one_projection: whether q, k and v come of one product. output_major:
+    whether layers that are not scanned take gradients of [F, D] as [D, F]. placement: the mesh, or None on one device.
     """
 
     compute: Any = jnp.bfloat16
@@ -47,6 +48,8 @@ class Execution:
     unroll: int = 1
     kernel: str = "xla"
     query_blocks: int = 1
+    one_projection: bool = False
+    output_major: bool = False
     placement: Placement | None = None
 
 
@@ -87,6 +90,7 @@ class Block(nnx.Module):
             compute=compute,
             kernel=execution.kernel,
             query_blocks=execution.query_blocks,
+            one_projection=execution.one_projection,
             placement=placement,
         )
         x_BTD = joined(mixed_BTD)

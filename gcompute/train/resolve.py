@@ -35,6 +35,7 @@ def resolve_execution(run: RunConfig, mesh: MeshShape, backend: str) -> Executio
     """
     layers = run.model.layers
     unrolled = backend == "cpu" and layers <= MOST_UNROLLED and run.train.remat == "none" and mesh.stage == 1
+    one_cpu = backend == "cpu" and mesh.num_devices == 1
     unroll = run.train.unroll or (layers if unrolled else 1)
     whole_sequences = mesh.context == 1 or run.train.context_attention == "ulysses"
     return Execution(
@@ -42,6 +43,8 @@ def resolve_execution(run: RunConfig, mesh: MeshShape, backend: str) -> Executio
         residual=jnp.dtype(run.train.residual or default_residual(backend)),
         remat=run.train.remat,
         unroll=min(unroll, layers),
+        one_projection=one_cpu,
+        output_major=one_cpu and run.train.precision == "float32",
         query_blocks=default_query_blocks(run, mesh, backend),
         kernel="splash" if backend == "tpu" and whole_sequences and fits_splash(run.seq) else "xla",
     )

@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import jax
@@ -41,9 +42,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(unroll: int):
     with float64(True):
         params, inputs, targets = in_float64()
         execution = Execution(compute=FLOAT64, residual=FLOAT64, unroll=unroll)
-        compute = partial(loss_and_gradients, config=MODEL, execution=execution)
-        loss, gradients = compute(params, inputs, targets, accumulation=1)
-        again, accumulated = jax.jit(partial(compute, accumulation=4))(params, inputs, targets)
+        loss, gradients = loss_and_gradients(params, inputs, targets, config=MODEL, execution=execution, accumulation=1)
+        in_parts = partial(
+            loss_and_gradients,
+            config=MODEL,
+            execution=dataclasses.replace(execution, output_major=unroll > 1),
+            accumulation=4,
+        )
+        again, accumulated = jax.jit(in_parts)(params, inputs, targets)
         np.testing.assert_allclose(again.loss, loss.loss, rtol=1e-13)
         for ours, whole in zip(jax.tree.leaves(accumulated), jax.tree.leaves(gradients), strict=True):
             assert ours.dtype == FLOAT64
