@@ -79,7 +79,8 @@ def use_compilation_cache() -> None:
     """Keep compiled programs between processes, unless the user keeps them elsewhere (JAX_COMPILATION_CACHE_DIR)."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
+    directory = "jax_compilation_cache_dir"
+    if getattr(jax.config, directory) is not None:
         return
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    jax.config.update(directory, str(cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

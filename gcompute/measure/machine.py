@@ -3,9 +3,9 @@
 import dataclasses
 import os
 import platform
-import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +13,10 @@ from pathlib import Path
 import jax
 import psutil
 
+from gcompute.measure.instructions import CPUINFO_FILE, instruction_set
+
 HUGE_PAGES_FILE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-CPUINFO_FILE = Path("/proc/cpuinfo")
+CACHE_DIRECTORY = Path("/sys/devices/system/cpu/cpu0/cache")
 # (limit, use) of this process's control group, versions 2 and 1: a container has less memory than its host shows.
 CGROUP_MEMORY_FILES = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -23,21 +25,6 @@ CGROUP_MEMORY_FILES = (
         Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ),
 )
-
-# Ascending on each architecture, by XLA's names for --xla_cpu_max_isa; what /proc/cpuinfo must list for each.
-INSTRUCTION_SETS = {
-    "SSE4_2": {"sse4_2"},
-    "AVX": {"avx"},
-    "AVX2": {"avx2", "fma"},
-    "AVX512": {"avx2", "fma", "avx512f"},
-    "AVX512_VNNI": {"avx2", "fma", "avx512f", "avx512_vnni"},
-    "AVX512_BF16": {"avx2", "fma", "avx512f", "avx512_bf16"},
-    "AMX": {"avx512f", "avx512_bf16", "amx_tile", "amx_bf16"},
-    "NEON": {"asimd"},
-    "NEON_BF16": {"asimd", "bf16"},
-}
-BFLOAT16_SETS = frozenset({"AVX512_BF16", "AMX", "NEON_BF16"})
-MAX_ISA = re.compile(r"--xla_cpu_max_isa=(\w+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +62,15 @@ class Machine:
 
     def to_dict(self) -> dict[str, str | int | bool | None]:
         return {**dataclasses.asdict(self), "uses_huge_pages": self.uses_huge_pages}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """One cache of the first core. level: 1 is the smallest. cores: how many share it."""
+
+    level: int
+    size_bytes: int
+    cores: int
 
 
 def look() -> Machine:
@@ -128,12 +124,7 @@ def usable_cores() -> int:
 def cpu_model() -> str | None:
     """The processor's name, or None where the system does not tell it."""
     if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        try:
-            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return answer.stdout.strip() or None
+        return _sysctl("machdep.cpu.brand_string")
     text = _read(CPUINFO_FILE)
     return parse_cpu_model(text) if text is not None else None
 
@@ -151,36 +142,73 @@ def parse_cpu_model(cpuinfo: str) -> str | None:
     return None
 
 
-def instruction_set() -> str:
-    """The widest vector instructions of this processor that XLA may use: XLA_FLAGS can forbid the wider ones."""
-    flag = MAX_ISA.search(os.environ.get("XLA_FLAGS", ""))
-    return parse_instruction_set(_read(CPUINFO_FILE) or "", platform.machine(), limit=flag[1].upper() if flag else None)
+def data_caches(directory: Path | None = None) -> tuple[Cache, ...]:
+    """The caches that hold the first core's data, smallest first; empty where the system does not tell them.
 
-
-def parse_instruction_set(cpuinfo: str, machine: str, *, limit: str | None = None) -> str:
-    """The widest of `INSTRUCTION_SETS` that /proc/cpuinfo lists, up to `limit`; `machine` where it lists none.
-
-    >>> parse_instruction_set("flags : fpu avx avx2 fma avx512f avx512_vnni avx512_bf16", "x86_64")
-    'AVX512_BF16'
-    >>> parse_instruction_set("flags : fpu avx avx2 fma avx512f", "x86_64", limit="AVX2")
-    'AVX2'
-    >>> parse_instruction_set("Features : fp asimd bf16", "aarch64")
-    'NEON_BF16'
+    Linux lists them under /sys/devices/system/cpu, macOS tells those of its fast cores by sysctl.
     """
-    lines = (line.partition(":") for line in cpuinfo.splitlines())
-    flags = {flag for name, _, value in lines if name.strip() in ("flags", "Features") for flag in value.split()}
-    found = machine
-    for name, needed in INSTRUCTION_SETS.items():
-        if needed <= flags:
-            found = name
-        if name == limit:
-            break
-    return found
+    if sys.platform == "darwin" and directory is None:
+        return _darwin_caches()
+    caches = []
+    for index in sorted((directory or CACHE_DIRECTORY).glob("index*")):
+        level, kind, size, shared = (_read(index / name) for name in ("level", "type", "size", "shared_cpu_list"))
+        if level is None or kind is None or size is None or kind.strip() == "Instruction":
+            continue
+        size_bytes = parse_cache_size(size)
+        if level.strip().isdecimal() and size_bytes:
+            caches.append(Cache(level=int(level), size_bytes=size_bytes, cores=count_cores(shared or "0")))
+    return tuple(sorted(caches, key=lambda cache: cache.level))
 
 
-def multiplies_bfloat16(instructions: str) -> bool:
-    """Whether a processor of this instruction set multiplies bfloat16 without widening it first."""
-    return instructions in BFLOAT16_SETS
+def last_cache_bytes(caches: Sequence[Cache], *, cores: int) -> int | None:
+    """What `cores` cores have of the largest cache level together, each its share of what it shares; None if untold.
+
+    >>> last_cache_bytes([Cache(level=3, size_bytes=2**23, cores=4)], cores=2) == 2**22
+    True
+    """
+    return max((cache.size_bytes * cores // cache.cores for cache in caches), default=None)
+
+
+def parse_cache_size(text: str) -> int | None:
+    """Bytes of a size as the kernel writes it, None for anything else.
+
+    >>> parse_cache_size("512K"), parse_cache_size("8M"), parse_cache_size("")
+    (524288, 8388608, None)
+    """
+    number, unit = text.strip()[:-1], text.strip()[-1:]
+    if unit.isdecimal():
+        number, unit = text.strip(), ""
+    scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}.get(unit)
+    return int(number) * scale if scale and number.isdecimal() else None
+
+
+def count_cores(cpu_list: str) -> int:
+    """How many processors a list of the kernel names, at least 1.
+
+    >>> count_cores("0-3,8-11"), count_cores("0")
+    (8, 1)
+    """
+    total = 0
+    for part in cpu_list.strip().split(","):
+        first, _, last = part.partition("-")
+        if first.isdecimal() and (last or first).isdecimal():
+            total += int(last or first) - int(first) + 1
+    return max(total, 1)
+
+
+def _darwin_caches() -> tuple[Cache, ...]:
+    caches = []
+    for level, size_name, cores_name in (
+        (1, "hw.perflevel0.l1dcachesize", None),
+        (2, "hw.perflevel0.l2cachesize", "hw.perflevel0.cpusperl2"),
+    ):
+        size = _sysctl(size_name)
+        cores = _sysctl(cores_name) if cores_name else "1"
+        if size and size.isdecimal() and int(size):
+            caches.append(
+                Cache(level=level, size_bytes=int(size), cores=int(cores) if cores and cores.isdecimal() else 1)
+            )
+    return tuple(caches)
 
 
 def host_memory_bytes() -> tuple[int, int]:
@@ -218,6 +246,15 @@ def malloc_asks_for_huge_pages(tunables: str) -> bool:
     """
     pairs = (setting.partition("=") for setting in tunables.split(":"))
     return any(name.strip() == "glibc.malloc.hugetlb" and value.strip() not in ("", "0") for name, _, value in pairs)
+
+
+def _sysctl(name: str) -> str | None:
+    """A value of macOS's, None where it has none of this name."""
+    try:
+        answer = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None
 
 
 def _read(path: Path) -> str | None:

@@ -67,7 +67,8 @@ _linear_transposed.defvjp(_linear_transposed_forward, _linear_transposed_backwar
 def _transposed_product(x_BKQS: Array, y_BKQH: Array, compute: jnp.dtype) -> Array:
     """x^T @ y for each batch and head, [b, k, s, h]."""
     b, k, q, s = x_BKQS.shape
-    if q % 2:
+    if q % 2 or compute != jnp.bfloat16:
+        # In float32 the halves below only cost a transposition more.
         return einsum("bkqs,bkqh->bksh", x_BKQS, y_BKQH, compute)
     halves_x, halves_y = x_BKQS.reshape(b, k, 2, q // 2, s), y_BKQH.reshape(b, k, 2, q // 2, -1)
     return einsum("bkzqs,bkzqh->bkhs", halves_x, halves_y, compute).swapaxes(-1, -2)

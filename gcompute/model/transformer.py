@@ -37,7 +37,9 @@ class Execution:
     compute: dtype of matmul operands. residual: dtype of the stream between blocks and of feed-forward activations.
     remat: what the backward pass recomputes: "none", "dots" (all but matmul results) or "full" (all but the inputs of
     blocks). unroll: layers a scan step; at least `layers` means no scan. kernel: what computes attention over whole
-    sequences, "xla" or "splash". placement: the mesh, or None on one device.
+    sequences, "xla" or "splash". query_blocks: blocks of queries that "xla" takes one after another, each over the keys
+    up to its own end; they divide T. one_projection: whether q, k and v come of one product. output_major:
+    whether layers that are not scanned take gradients of [F, D] as [D, F]. placement: the mesh, or None on one device.
     """
 
     compute: Any = jnp.bfloat16
@@ -45,6 +47,9 @@ class Execution:
     remat: str = "none"
     unroll: int = 1
     kernel: str = "xla"
+    query_blocks: int = 1
+    one_projection: bool = False
+    output_major: bool = False
     placement: Placement | None = None
 
 
@@ -84,6 +89,8 @@ class Block(nnx.Module):
             cache=cache,
             compute=compute,
             kernel=execution.kernel,
+            query_blocks=execution.query_blocks,
+            one_projection=execution.one_projection,
             placement=placement,
         )
         x_BTD = joined(mixed_BTD)

@@ -71,6 +71,7 @@ def train_memory(
     remat: str = "none",
     mesh: MeshShape | None = None,
     residual: str = "float32",
+    query_blocks: int = 1,
     fuses_mask: bool = False,
 ) -> TrainMemory:
     """Predict the bytes that one train step needs on the fullest device. A prediction from formulae.
@@ -87,6 +88,7 @@ def train_memory(
       the gradients at the widest place of a block, and with remat what a block keeps without it, recomputed.
     - logits: t 8 V / `loss_chunks`: float32 exponentials, and the gradient.
 
+    query_blocks: blocks of queries, each over the keys up to its own end: `attended_keys` takes the place of seq.
     fuses_mask: as XLA does for GPUs, which then has no mask in memory, and of the workspace `FUSED_WORKSPACE`.
 
     It describes blocks run by a scan. With the blocks unrolled, remat saves nothing under XLA on CPU (jax 0.10.2).
@@ -118,13 +120,20 @@ def train_memory(
     kept_bytes = {
         policy: local_tokens
         * kept_bytes_per_token(
-            config, seq=seq, remat=policy, tensor=mesh.tensor, residual=residual, precision=precision
+            config,
+            seq=seq,
+            remat=policy,
+            tensor=mesh.tensor,
+            residual=residual,
+            precision=precision,
+            query_blocks=query_blocks,
         )
         for policy in REMAT_POLICIES
     }
     final_norm_bytes = local_tokens * FLOAT32_BYTES * NORM_KEEPS * config.dim
-    mask_bytes = 0 if fuses_mask else local_tokens * MASK_BYTES * heads * seq
-    gradients_here = max(2 * heads * seq, math.ceil((num_up_matrices(config) + 1) * ffn * rows_per_token(config, seq)))
+    keys = attended_keys(seq, query_blocks)
+    mask_bytes = 0 if fuses_mask else local_tokens * MASK_BYTES * heads * keys
+    gradients_here = max(2 * heads * keys, math.ceil((num_up_matrices(config) + 1) * ffn * rows_per_token(config, seq)))
     workspace_bytes = FLOAT32_BYTES * local_tokens * gradients_here + (kept_bytes["none"] if remat != "none" else 0)
     return TrainMemory(
         parameters_bytes=FLOAT32_BYTES * num_params,
@@ -149,6 +158,15 @@ def loss_chunks(num_tokens: int, vocab: int) -> int:
     wanted = FLOAT32_BYTES * num_tokens * vocab / LOGITS_BYTES
     low = [n for n in range(1, math.isqrt(num_tokens) + 1) if num_tokens % n == 0]
     return min(n for n in (*low, *(num_tokens // n for n in low)) if n >= min(wanted, num_tokens))
+
+
+def attended_keys(seq: int, query_blocks: int) -> int:
+    """Keys that a query is multiplied with, on average, where each block of queries stops at its own end.
+
+    >>> attended_keys(256, 1), attended_keys(256, 4)
+    (256, 160)
+    """
+    return math.ceil(Fraction(seq * (query_blocks + 1), 2 * query_blocks))
 
 
 def num_up_matrices(config: ModelConfig) -> int:
@@ -176,11 +194,13 @@ def kept_bytes_per_token(
     tensor: int = 1,
     residual: str = "float32",
     precision: str = "bfloat16",
+    query_blocks: int = 1,
 ) -> int:
     """Bytes that one block keeps for its backward pass, per token; heads and F are divided by `tensor`.
 
     With r bytes of residual stream, and 4 for all else, whatever the precision: operands are cast where they are used,
-    but for the rows that experts get, of p bytes a value. F and what experts are given count `rows_per_token` times.
+    but for the rows that experts get, of p bytes a value. F and what experts are given count `rows_per_token` times,
+    and seq is `attended_keys`.
 
     - full: the block's input, r D.
     - dots: that, and the matmul results that the rest is recomputed from: (N + 2K) H for q, k, v; N seq for the scores;
@@ -194,14 +214,15 @@ def kept_bytes_per_token(
     heads, kv_heads, ffn = config.heads // tensor, config.num_kv_heads // tensor, config.ffn_size // tensor
     stream_bytes = OPERAND_BYTES[residual] * dim
     qkv = (heads + 2 * kv_heads) * head
+    keys = attended_keys(seq, query_blocks)
     if remat == "full":
         return stream_bytes
     if remat == "dots":
-        results = qkv + heads * seq + heads * head + dim + num_up_matrices(config) * ffn * rows
+        results = qkv + heads * keys + heads * head + dim + num_up_matrices(config) * ffn * rows
         results += dim * rows if config.experts else 0
         return stream_bytes + math.ceil(FLOAT32_BYTES * results)
     qk_norm = 2 * (heads + kv_heads) * head if config.qk_norm else 0
-    attention = qkv + qk_norm + 2 * heads * seq + heads * head
+    attention = qkv + qk_norm + 2 * heads * keys + heads * head
     fed = FLOAT32_BYTES * activation_keeps(config) * ffn * rows
     if config.experts:
         fed += OPERAND_BYTES[precision] * dim * rows + FLOAT32_BYTES * config.num_active_experts * dim

@@ -11,6 +11,7 @@ from gcompute.plan.memory import (
     FLOAT32_BYTES,
     OPERAND_BYTES,
     activation_keeps,
+    attended_keys,
     check_known,
     num_up_matrices,
     optimizer_state_values,
@@ -112,11 +113,12 @@ class Pass:
         return self.num * self.elements * self.bytes_each
 
 
-def block_matmuls(config: ModelConfig, *, batch: int, seq: int) -> tuple[Matmul, ...]:
+def block_matmuls(config: ModelConfig, *, batch: int, seq: int, query_blocks: int = 1) -> tuple[Matmul, ...]:
     """The forward matmuls of all blocks; the query heads of one key/value head make one tall matrix.
 
-    Every expert multiplies all of its places, empty ones too.
+    Every expert multiplies all of its places, empty ones too; each query, `attended_keys`.
     """
+    keys = attended_keys(seq, query_blocks)
     tokens, dim, head, num = batch * seq, config.dim, config.head_size, config.layers
     group = config.heads // config.num_kv_heads
     rows, experts = batch * config.capacity(seq), config.num_experts
@@ -125,8 +127,8 @@ def block_matmuls(config: ModelConfig, *, batch: int, seq: int) -> tuple[Matmul,
     return (
         Matmul(name="q", m=tokens, k=dim, n=config.heads * head, num=num),
         Matmul(name="k, v", m=tokens, k=dim, n=config.num_kv_heads * head, num=2 * num),
-        Matmul(name="scores", m=group * seq, k=head, n=seq, batch=batch * config.num_kv_heads, num=num),
-        Matmul(name="weighted sum", m=group * seq, k=seq, n=head, batch=batch * config.num_kv_heads, num=num),
+        Matmul(name="scores", m=group * seq, k=head, n=keys, batch=batch * config.num_kv_heads, num=num),
+        Matmul(name="weighted sum", m=group * seq, k=keys, n=head, batch=batch * config.num_kv_heads, num=num),
         Matmul(name="o", m=tokens, k=config.heads * head, n=dim, num=num),
         *router,
         Matmul(name="up", m=rows, k=dim, n=config.ffn_size, batch=experts, num=up * num),
@@ -134,7 +136,9 @@ def block_matmuls(config: ModelConfig, *, batch: int, seq: int) -> tuple[Matmul,
     )
 
 
-def block_forward_passes(config: ModelConfig, *, batch: int, seq: int, precision: str) -> tuple[Pass, ...]:
+def block_forward_passes(
+    config: ModelConfig, *, batch: int, seq: int, precision: str, query_blocks: int = 1
+) -> tuple[Pass, ...]:
     """The sweeps between the forward matmuls of all blocks.
 
     What lies between two matmuls is one sweep, except that a row-wise reduction (a norm's variance, a softmax's maximum
@@ -145,12 +149,12 @@ def block_forward_passes(config: ModelConfig, *, batch: int, seq: int, precision
     qk = tokens * (config.heads + config.num_kv_heads) * head
     up, keeps = num_up_matrices(config), activation_keeps(config)
     fed, sent, chosen = _expert_values(config, batch, seq)
-    operand = OPERAND_BYTES[precision]
+    operand, scores = OPERAND_BYTES[precision], _scores(config, batch, seq, query_blocks)
     rows = [
         ("norm: variance; normalise, scale", stream, 4 + (4 + 8 + cast), 2),
         ("q, k norm: variance; normalise", qk, 4 + (4 + 8) if config.qk_norm else 0, 1),
         ("q, k, v: rotate, heads first", qk + tokens * config.num_kv_heads * head, 4 + 4 + cast, 1),
-        ("softmax: max; exp; sum; divide", _scores(config, batch, seq), 4 + (4 + 4) + 4 + (4 + 4 + cast), 1),
+        ("softmax: max; exp; sum; divide", scores, 4 + (4 + 4) + 4 + (4 + 4 + cast), 1),
         ("attention result: tokens first", tokens * config.heads * head, 4 + 4 + cast, 1),
         ("residual add", stream, 4 + 4 + 4, 2),
         ("dispatch: gather", sent, 4 + operand, 1),
@@ -161,13 +165,15 @@ def block_forward_passes(config: ModelConfig, *, batch: int, seq: int, precision
     return tuple(Pass(name=n, elements=e, bytes_each=b, num=num * times) for n, e, b, times in rows if e and b)
 
 
-def block_backward_passes(config: ModelConfig, *, batch: int, seq: int, precision: str) -> tuple[Pass, ...]:
+def block_backward_passes(
+    config: ModelConfig, *, batch: int, seq: int, precision: str, query_blocks: int = 1
+) -> tuple[Pass, ...]:
     """The sweeps between the backward matmuls of all blocks, by the same rules."""
     cast, tokens, num = _cast_bytes(precision), batch * seq, config.layers
     stream, head = tokens * config.dim, config.head_size
     up, keeps = num_up_matrices(config), activation_keeps(config)
     fed, sent, chosen = _expert_values(config, batch, seq)
-    operand = OPERAND_BYTES[precision]
+    operand, scores = OPERAND_BYTES[precision], _scores(config, batch, seq, query_blocks)
     rows = [
         ("residual gradient to operand", stream, 4 + cast if cast else 0, 2),
         ("combine gradient: weigh, row sums", chosen, 4 + 4 + operand, 1),
@@ -175,7 +181,7 @@ def block_backward_passes(config: ModelConfig, *, batch: int, seq: int, precisio
         ("activation gradient", fed, 4 + 4 * keeps + (4 + cast) * up, 1),
         ("dispatch gradient: gather, add", chosen, operand + 4, 1),
         ("attention gradient: heads first", tokens * config.heads * head, 4 + 4 + cast, 1),
-        ("softmax gradient: row sums; scores", _scores(config, batch, seq), (4 + 4) + (4 + 4 + 4 + cast), 1),
+        ("softmax gradient: row sums; scores", scores, (4 + 4) + (4 + 4 + 4 + cast), 1),
         ("q, k, v gradient: tokens first", tokens * (config.heads + 2 * config.num_kv_heads) * head, 4 + 4 + cast, 1),
         ("sum of the gradients through q, k, v", stream, 4 * 3 + 4, 1),
         ("sum of the gradients through up, gate", stream, 4 * 2 + 4 if config.gated else 0, 1),
@@ -206,8 +212,8 @@ def _expert_values(config: ModelConfig, batch: int, seq: int) -> tuple[int, int,
     return rows * config.ffn_size, rows * config.dim, batch * seq * config.num_active_experts * config.dim
 
 
-def _scores(config: ModelConfig, batch: int, seq: int) -> int:
-    return batch * config.heads * seq * seq
+def _scores(config: ModelConfig, batch: int, seq: int, query_blocks: int) -> int:
+    return batch * config.heads * seq * attended_keys(seq, query_blocks)
 
 
 def _cast_bytes(precision: str) -> int:
@@ -245,6 +251,7 @@ def predict_train_step(
     accumulation: int = 1,
     optimizer: str = "adamw",
     remat: str = "none",
+    query_blocks: int = 1,
 ) -> StepPrediction:
     """Predict a train step from one device's two ceilings. A prediction from formulae, with no factor fitted to a run.
 
@@ -259,6 +266,7 @@ def predict_train_step(
     than this, and matmuls of awkward shape, below the ceiling, make them slower.
 
     Args:
+      query_blocks: blocks of queries of the attention, each over the keys up to its own end.
       roofline_flops_per_s: matmul ceiling of one device at `precision`; `memory_bytes_per_s`: its memory bandwidth.
 
     Raises:
@@ -277,12 +285,13 @@ def predict_train_step(
             "must divide the batch."
         )
     micro, operand = batch // accumulation, OPERAND_BYTES[precision]
-    blocks = block_matmuls(config, batch=micro, seq=seq)
+    sizes: dict[str, int] = {"batch": micro, "seq": seq, "query_blocks": query_blocks}
+    blocks = block_matmuls(config, **sizes)
     forward = (*blocks, Matmul(name="output layer", m=micro * seq, k=config.dim, n=config.vocab))
     matmuls = [*forward, *(product for matmul in forward for product in matmul.backward())]
     matmuls += blocks if remat == "full" else ()
-    forward_passes = block_forward_passes(config, batch=micro, seq=seq, precision=precision)
-    passes = [*forward_passes, *block_backward_passes(config, batch=micro, seq=seq, precision=precision)]
+    forward_passes = block_forward_passes(config, **sizes, precision=precision)
+    passes = [*forward_passes, *block_backward_passes(config, **sizes, precision=precision)]
     passes += ends_passes(config, batch=micro, seq=seq, precision=precision)
     passes += forward_passes if remat != "none" else ()
     params = count_params(config)

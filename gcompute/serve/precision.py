@@ -6,7 +6,7 @@ import jax
 
 from gcompute.config.serve import ServeConfig
 from gcompute.config.train import PRECISIONS
-from gcompute.measure.machine import instruction_set, multiplies_bfloat16
+from gcompute.measure.instructions import instruction_set, multiplies_bfloat16
 from gcompute.serve.native import build
 
 

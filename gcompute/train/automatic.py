@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from gcompute.config.mesh import MeshShape
 from gcompute.config.train import PRECISIONS, RunConfig
-from gcompute.measure.machine import instruction_set, multiplies_bfloat16
+from gcompute.measure.instructions import instruction_set, multiplies_bfloat16
 from gcompute.plan.precision import choose_precision, choose_residual
 from gcompute.train.resolve import resolve_accumulation
 

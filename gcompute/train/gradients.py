@@ -28,14 +28,20 @@ def local_gradients(
 ) -> tuple[Losses, Params]:
     """Mean losses and gradient over the batch, `accumulation` microbatches one after another.
 
-    With no scan over layers the gradient is taken of one tree a layer and stacked once, after the last microbatch.
+    With no scan over layers the gradient is taken of one tree a layer and stacked once, after the last microbatch; and
+    with `output_major` of matrices that narrow, [O, I], turned once too.
     """
     unrolled = execution.unroll >= config.layers
     params = unstack(params, config) if unrolled else params
+    turned = unrolled and execution.output_major
+    params = _turn_narrowing(params) if turned else params
+
+    def loss(params: Params, inputs: Array, targets: Array) -> tuple[Array, Losses]:
+        params = _turn_narrowing(params) if turned else params
+        return objective(params, inputs, targets, config=config, execution=execution)
 
     def value_and_grad(inputs: Array, targets: Array) -> tuple[Losses, Params]:
-        function = jax.value_and_grad(partial(objective, config=config, execution=execution), has_aux=True)
-        (_, losses), gradients = function(params, inputs, targets)
+        (_, losses), gradients = jax.value_and_grad(loss, has_aux=True)(params, inputs, targets)
         return losses, gradients
 
     if accumulation == 1:
@@ -51,7 +57,17 @@ def local_gradients(
         (losses, gradients), _ = jax.lax.scan(add, zeros, rows)
         gradients = jax.tree.map(lambda value: value / accumulation, gradients)
         losses = _mean_losses(losses, accumulation)
+    gradients = _turn_narrowing(gradients) if turned else gradients
     return losses, stack(gradients, config) if unrolled else gradients
+
+
+def _turn_narrowing(params: Params) -> Params:
+    """The same tree with the feed-forward layers' second matrices, [F, D], transposed; its own inverse."""
+
+    def turn(path: Any, leaf: Array) -> Array:
+        return leaf.T if "down_FD" in jax.tree_util.keystr(path[-1:]) else leaf
+
+    return jax.tree_util.tree_map_with_path(turn, params)
 
 
 def _mean_losses(total: Losses, count: int) -> Losses:

@@ -8,18 +8,22 @@ from jax.sharding import Mesh
 
 from gcompute.config.mesh import MeshShape
 from gcompute.config.train import PRECISIONS, RunConfig
-from gcompute.measure.machine import instruction_set, multiplies_bfloat16
+from gcompute.measure.instructions import instruction_set, multiplies_bfloat16
+from gcompute.measure.machine import data_caches, last_cache_bytes, usable_cores
 from gcompute.model.splash import fits_splash
 from gcompute.model.transformer import Execution
 from gcompute.parallel.pipeline.schedule import Schedule, gpipe, interleaved, one_f_one_b, zero_bubble
 from gcompute.parallel.placement import Placement
 from gcompute.plan.precision import choose_residual
 
-# Measured on a 2-core AVX-512 machine: a microbatch whose feed-forward activations, tokens x F in float32, stay near
-# the size of the second-level caches trains a 10M-parameter model 1.4 times as fast as the whole batch at once.
-CACHE_BYTES = 4 * 2**20
+# What stands for the last cache of a machine that does not tell it: two cores' share of a small one.
+UNTOLD_CACHE_BYTES = 8 * 2**20
+# Feed-forward activations, tokens x F in float32, that a microbatch may have for each byte of the last cache.
+CACHE_SHARE = 0.5
 # Below this many tokens a matmul has too few rows to run at full speed.
 LEAST_TOKENS = 512
+# Blocks of 64 queries were the fastest of 32, 64 and 128 at T = 256, H = 64, with AVX2 and with AVX-512.
+LEAST_QUERIES = 64
 # With four microbatches a stage a 1F1B pipeline idles for less than a fifth of its time.
 PIPELINE_MICROBATCHES = 4
 # Compile time grows with every layer that is written out.
@@ -35,13 +39,18 @@ def resolve_execution(run: RunConfig, mesh: MeshShape, backend: str) -> Executio
     """
     layers = run.model.layers
     unrolled = backend == "cpu" and layers <= MOST_UNROLLED and run.train.remat == "none" and mesh.stage == 1
+    precision = resolve_precision(run, backend)
+    one_cpu = backend == "cpu" and mesh.num_devices == 1
     unroll = run.train.unroll or (layers if unrolled else 1)
     whole_sequences = mesh.context == 1 or run.train.context_attention == "ulysses"
     return Execution(
-        compute=jnp.dtype(resolve_precision(run, backend)),
+        compute=jnp.dtype(precision),
         residual=jnp.dtype(resolve_residual(run, backend)),
         remat=run.train.remat,
         unroll=min(unroll, layers),
+        one_projection=one_cpu,
+        output_major=one_cpu and precision == "float32",
+        query_blocks=default_query_blocks(run, mesh, backend),
         kernel="splash" if backend == "tpu" and whole_sequences and fits_splash(run.seq) else "xla",
     )
 
@@ -59,6 +68,18 @@ def resolve_precision(run: RunConfig, backend: str) -> str:
 def resolve_residual(run: RunConfig, backend: str) -> str:
     """The dtype of the residual stream: as configured, else as `plan.precision.choose_residual` says."""
     return run.train.residual if run.train.residual in PRECISIONS else choose_residual(backend)[0]
+
+
+def default_query_blocks(run: RunConfig, mesh: MeshShape, backend: str) -> int:
+    """Blocks of queries for attention in float32 on a CPU, 1 elsewhere.
+
+    Four leave 5/8 of the scores, and more gain little: blocks of fewer than `LEAST_QUERIES` are slower to multiply.
+    XLA on CPU has no bfloat16 product for the layouts that slices come in.
+    """
+    whole_sequences = mesh.context == 1 or run.train.context_attention == "ulysses"
+    if backend != "cpu" or resolve_precision(run, backend) != "float32" or not whole_sequences:
+        return 1
+    return next(n for n in (4, 2, 1) if n == 1 or (run.seq % n == 0 and run.seq // n >= LEAST_QUERIES))
 
 
 def resolve_placement(run: RunConfig, mesh: Mesh, shape: MeshShape) -> Placement:
@@ -87,10 +108,16 @@ def resolve_schedule(run: RunConfig, mesh: MeshShape, accumulation: int) -> Sche
             return one_f_one_b(mesh.stage, accumulation)
 
 
-def resolve_accumulation(run: RunConfig, mesh: MeshShape, backend: str) -> int:
-    """Microbatches a step: as configured, else on CPU the least number that keeps a microbatch near the cache.
+def resolve_accumulation(run: RunConfig, mesh: MeshShape, backend: str, *, cache_bytes: int | None = None) -> int:
+    """Microbatches per step: as configured, else on CPU the least number whose activations stay in the cache.
 
-    A pipeline has as many as divide the batch, up to `PIPELINE_MICROBATCHES` a stage.
+    What a layer works with is passed from product to product through the cache where it fits, and its weights and
+    gradients are read and written once per microbatch: the fewest microbatches that fit are the fastest. With F
+    the feed-forward size a microbatch has at most `CACHE_SHARE` cache_bytes / 4 F tokens, and at least `LEAST_TOKENS`.
+    A pipeline has as many as divide the batch, up to `PIPELINE_MICROBATCHES` per stage.
+
+    Args:
+      cache_bytes: what this process has of the last cache (None: asks the machine).
     """
     if run.train.accumulation:
         return run.train.accumulation
@@ -101,7 +128,9 @@ def resolve_accumulation(run: RunConfig, mesh: MeshShape, backend: str) -> int:
         return few[-1] if few else legal[0]
     if backend != "cpu" or run.train.batch % mesh.batch_shards:
         return 1
-    tokens = max(LEAST_TOKENS, CACHE_BYTES // (4 * run.model.ffn_size))
+    if cache_bytes is None:
+        cache_bytes = last_cache_bytes(data_caches(), cores=usable_cores()) or UNTOLD_CACHE_BYTES
+    tokens = max(LEAST_TOKENS, int(CACHE_SHARE * cache_bytes) // (4 * run.model.ffn_size))
     legal = divisors(rows)
     enough = [n for n in legal if rows * run.seq / n <= tokens]
     largest = [n for n in legal if rows * run.seq / n >= LEAST_TOKENS] or [1]

@@ -10,7 +10,17 @@ import psutil
 import pytest
 
 from gcompute.measure import machine
-from gcompute.measure.machine import look, malloc_asks_for_huge_pages, parse_cpu_model, parse_huge_page_mode
+from gcompute.measure.machine import (
+    Cache,
+    count_cores,
+    data_caches,
+    last_cache_bytes,
+    look,
+    malloc_asks_for_huge_pages,
+    parse_cache_size,
+    parse_cpu_model,
+    parse_huge_page_mode,
+)
 
 
 @pytest.mark.oldest
@@ -86,3 +96,51 @@ def test_malloc_huge_pages(tunables, asks):
 )
 def test_uses_huge_pages(mode, malloc, uses):
     assert dataclasses.replace(look(), huge_pages=mode, malloc_huge_pages=malloc).uses_huge_pages is uses
+
+
+def write_caches(directory, rows):
+    for index, (level, kind, size, shared) in enumerate(rows):
+        place = directory / f"index{index}"
+        place.mkdir()
+        for name, text in (("level", level), ("type", kind), ("size", size), ("shared_cpu_list", shared)):
+            (place / name).write_text(f"{text}\n")
+
+
+def test_caches_as_the_kernel_lists_them(tmp_path):
+    rows = [
+        (1, "Data", "32K", "0"),
+        (1, "Instruction", "64K", "0"),
+        (2, "Unified", "512K", "0"),
+        (3, "Unified", "8192K", "0-3"),
+    ]
+    write_caches(tmp_path, rows)
+    caches = data_caches(tmp_path)
+    assert [cache.level for cache in caches] == [1, 2, 3]
+    assert caches[1] == Cache(level=2, size_bytes=512 * 1024, cores=1)
+    assert caches[2] == Cache(level=3, size_bytes=8 * 2**20, cores=4)
+    # Two of the four cores that share it have half of it, five have a second one.
+    assert last_cache_bytes(caches, cores=2) == 4 * 2**20
+    assert last_cache_bytes(caches, cores=5) == 10 * 2**20
+    assert last_cache_bytes(caches[:2], cores=2) == 2**20
+
+
+def test_caches_that_are_not_told(tmp_path):
+    assert data_caches(tmp_path / "none") == ()
+    write_caches(tmp_path, [("", "Unified", "512K", "0"), (2, "Unified", "much", "0"), (3, "Unified", "8M", "")])
+    assert data_caches(tmp_path) == (Cache(level=3, size_bytes=8 * 2**20, cores=1),)
+    assert last_cache_bytes((), cores=2) is None
+
+
+def test_sizes_and_lists_of_the_kernel():
+    assert [parse_cache_size(text) for text in ("48K\n", "1G", "4096", "", "K", "-1K", "1.5M")] == [
+        *(48 * 1024, 2**30, 4096),
+        *[None] * 4,
+    ]
+    assert [count_cores(text) for text in ("0\n", "0-7", "0,2,4-5", "", "x")] == [1, 8, 4, 1, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's files are Linux's")
+def test_this_machines_caches():
+    caches = data_caches()
+    assert all(cache.size_bytes >= 2**12 and cache.cores >= 1 for cache in caches)
+    assert [cache.level for cache in caches] == sorted(cache.level for cache in caches)

@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import jax
@@ -44,9 +45,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(unroll: int):
     with float64(True):
         params, inputs, targets = in_float64()
         execution = Execution(compute=FLOAT64, residual=FLOAT64, unroll=unroll)
-        compute = partial(loss_and_gradients, config=MODEL, execution=execution)
-        loss, gradients = jax.jit(partial(compute, accumulation=1))(params, inputs, targets)
-        again, accumulated = jax.jit(partial(compute, accumulation=4))(params, inputs, targets)
+        compute = partial(loss_and_gradients, config=MODEL)
+        in_parts = dataclasses.replace(execution, output_major=unroll > 1)
+        loss, gradients = jax.jit(partial(compute, execution=execution, accumulation=1))(params, inputs, targets)
+        again, accumulated = jax.jit(partial(compute, execution=in_parts, accumulation=4))(params, inputs, targets)
         np.testing.assert_allclose(again.loss, loss.loss, rtol=1e-13)
         for ours, whole in zip(jax.tree.leaves(accumulated), jax.tree.leaves(gradients), strict=True):
             assert ours.dtype == FLOAT64

@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 
 from gcompute.measure.cache import cache_directory
-from gcompute.measure.machine import CPUINFO_FILE
+from gcompute.measure.instructions import CPUINFO_FILE
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "kernels.cc"
