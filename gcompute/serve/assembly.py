@@ -17,6 +17,7 @@ from gcompute.plan.serving import ServeRun, cache_of_one
 from gcompute.serve.buckets import make_buckets
 from gcompute.serve.limits import Limits
 from gcompute.serve.placement import check_mesh, place
+from gcompute.serve.precision import settle
 from gcompute.serve.state import EngineShape
 from gcompute.serve.weights import choose_layout
 
@@ -44,12 +45,13 @@ class Budget:
 
 
 def engine_shape(config: ModelConfig, serve: ServeConfig, draft: ModelConfig | None = None) -> EngineShape:
-    """The shape of an engine on this process's devices: the first, or those of `serve.mesh`; its precision is settled.
+    """The shape of an engine on this process's devices: the first, or those of `serve.mesh`.
 
     Raises:
       ValueError: the context or the mesh does not fit the model, the pages of one request do not fit the memory, or the
         draft model is not one for this model.
     """
+    serve, _ = settle(serve)
     max_context = serve.max_context or config.context
     if max_context > config.context:
         raise ValueError(f"max_context={max_context} exceeds the model's context. Use at most {config.context}.")

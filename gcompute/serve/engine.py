@@ -26,7 +26,6 @@ from gcompute.serve.choices import read_row
 from gcompute.serve.compilation import Program, list_programs
 from gcompute.serve.observation import observe
 from gcompute.serve.offline import complete_all, make_requests, progress_bar
-from gcompute.serve.precision import settle
 from gcompute.serve.request import NotReady, Request, RequestError, Sampling, check_fits
 from gcompute.serve.runner import Runner
 from gcompute.serve.scheduler import Scheduler
@@ -56,7 +55,7 @@ class Engine:
         *,
         draft: tuple[Params, ModelConfig] | None = None,
     ):
-        serve, _ = settle(serve or ServeConfig())
+        serve = serve or ServeConfig()
         if tokenizer is not None and tokenizer.vocab_size > config.vocab:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab}: give the model's own."
