@@ -50,7 +50,7 @@ def assert_product(ran, x, w):
     np.testing.assert_array_equal(ran.gradients[1], np.einsum("bti,bto->io", x, ran.dy))
 
 
-@pytest.mark.oldest("1-True")
+@pytest.mark.oldest("4-True")
 @pytest.mark.parametrize(("tensor", "check_vma"), [(1, True), (2, True), (4, True), (4, False), (8, True)])
 def test_products_equal_one_device(tensor, check_vma):
     mesh = tensor_mesh(tensor)

@@ -324,7 +324,6 @@ MUTANTS = {
 }
 
 
-@pytest.mark.oldest("another axis")
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_fault_is_caught(mutant, monkeypatch):
     name, faulty = MUTANTS[mutant]
