@@ -52,7 +52,6 @@ def model_file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.oldest
 def test_one_load_as_json_and_file_and_picture(gcompute: Command, url: str, model_file: Path, tmp_path: Path):
     paths = {"--out": tmp_path / "out.json", "--plot": tmp_path / "one.png"}
     files = [part for pair in paths.items() for part in pair]
@@ -78,7 +77,6 @@ def test_one_load_as_json_and_file_and_picture(gcompute: Command, url: str, mode
     assert paths["--plot"].read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.oldest
 def test_one_load_as_tables(gcompute: Command, url: str):
     ended = gcompute("bench", "serve", url, *SMALL, "--vocab", "99", "--rate", "50", "--requests", "5")
     assert ended.status == 0, ended.err

@@ -174,7 +174,7 @@ def test_the_proof_of_serving_is_told_in_tables(capsys):
     assert "80 tokens/s in the deterministic mode, 100 in the default: 0.80 of its speed." in out
 
 
-@pytest.mark.oldest("arguments3-does not exist")
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

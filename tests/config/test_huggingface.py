@@ -415,7 +415,7 @@ SIZES_OF_LLAMA = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_
 SIZES_OF_DEEPSEEK = ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "moe_intermediate_size")
 
 
-@pytest.mark.oldest("config6-changes6-hidden_size must be a whole number")
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("config", "changes", "said"),
     [

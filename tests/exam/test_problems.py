@@ -31,17 +31,7 @@ def _marked(problem: Problem):
     return pytest.param(problem, id=problem.id, marks=[missing] if problem.id in MISSES else [])
 
 
-@pytest.mark.oldest(
-    "18b-experts",
-    "allgather-ring",
-    "decode-ways",
-    "gather-beside-tensor",
-    "l70-fsdp-only",
-    "l70-mixed",
-    "l70-queries",
-    "l70-throughput",
-    "quadratic-tokens",
-)
+@pytest.mark.oldest
 @pytest.mark.parametrize("problem", [_marked(problem) for problem in PROBLEMS])
 def test_within_tolerance(problem: Problem):
     found = solved(problem)

@@ -90,7 +90,7 @@ def test_remat_changes_no_gradient(remat):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), plain, again)
 
 
-@pytest.mark.oldest
+@pytest.mark.oldest("gpt2")
 def test_cached_decoding_equals_one_pass(config):
     with float64(True):
         params = unstack(perturbed(config), config)
@@ -142,7 +142,7 @@ def test_bfloat16_operands_give_float32_logits_near_float32(config):
             assert float(jnp.linalg.norm(a - b)) <= 0.05 * float(jnp.linalg.norm(b)) + 1e-7
 
 
-@pytest.mark.oldest
+@pytest.mark.oldest("llama")
 def test_abstract_params_and_dims_describe_init(config):
     params = init(config, jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
@@ -162,7 +162,7 @@ def test_abstract_params_and_dims_describe_init(config):
     jax.tree.map(lambda x, shape: np.testing.assert_equal(x.shape, shape), params, shapes)
 
 
-@pytest.mark.oldest
+@pytest.mark.oldest("gpt2")
 def test_stack_inverts_unstack(config):
     params = init(config, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, stack(unstack(params, config), config), params)

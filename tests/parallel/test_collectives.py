@@ -118,7 +118,7 @@ def test_rings_send_the_bytes_of_the_formula(ring, phases, size, bidirectional):
     assert sum(one.trips for one in upwards) == phases * (size // 2 if bidirectional else size - 1)
 
 
-@pytest.mark.oldest("1")
+@pytest.mark.oldest("4")
 @pytest.mark.parametrize("size", [1, 4])
 def test_wrappers_equal_numpy_and_so_do_their_gradients(size):
     x, y = integers(size, 2, 3 * size), integers(size, 2 * size, 3)

@@ -59,6 +59,7 @@ def check(notation, optimizer_name, *, accumulation=2, exact=False, steps=STEPS)
             np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("notation", "accumulation"), [("pmap", 2), ("shard_map", 1), ("shard_map", 2), ("jit", 1), ("jit", 2)]
 )
@@ -166,7 +167,6 @@ MUTANTS = {
 }
 
 
-@pytest.mark.oldest("pmap-no reduction", "shard_map-no reduction")
 @pytest.mark.parametrize(
     ("notation", "mutant"),
     mostly_slow(

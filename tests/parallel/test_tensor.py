@@ -51,7 +51,7 @@ def assert_product(ran, x, w):
     np.testing.assert_array_equal(ran.gradients[1], np.einsum("bti,bto->io", x, ran.dy))
 
 
-@pytest.mark.oldest("1-True")
+@pytest.mark.oldest("4-True")
 @pytest.mark.parametrize(
     ("tensor", "check_vma"),
     mostly_slow([(1, True), (2, True), (4, True), (4, False), (8, True)], (1, True), (4, True), (4, False)),

@@ -326,7 +326,6 @@ MUTANTS = {
 }
 
 
-@pytest.mark.oldest("another axis")
 @pytest.mark.parametrize("mutant", mostly_slow(MUTANTS, "no reduction", "another axis"))
 def test_a_fault_is_caught(mutant, monkeypatch):
     name, faulty = MUTANTS[mutant]

@@ -73,7 +73,7 @@ def _mixed_s(fsdp: float, tokens: float, chips: int, axes: tuple[int, int]) -> t
     return weights, stream
 
 
-@pytest.mark.oldest("True-axes2")
+@pytest.mark.oldest
 @pytest.mark.parametrize("axes", [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("at_once", [True, False])
 def test_best_mix_by_brute_force(axes: tuple[int, int], at_once: bool):
@@ -145,7 +145,7 @@ def test_weights_split_in_both_dims_by_brute_force():
     assert seconds(best) == pytest.approx(stream_s + sums_s)
 
 
-@pytest.mark.oldest("3")
+@pytest.mark.oldest
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_both_dims_and_one_are_equal_at_the_bound(axes: int):
     chips = weight_stationary_chips(D, F, axes=axes)

@@ -99,7 +99,7 @@ ANSWERS = {
 }
 
 
-@pytest.mark.oldest
+@pytest.mark.oldest("a length")
 @pytest.mark.parametrize("name", ANSWERS)
 def test_whole_answers_however_they_are_cut(name: str):
     pieces = ANSWERS[name]

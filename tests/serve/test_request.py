@@ -138,7 +138,7 @@ class Letters:
         return self.held
 
 
-@pytest.mark.oldest("tokens1-length-abcd-4")
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("tokens", "reason", "text", "num_tokens"),
     [

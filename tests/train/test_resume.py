@@ -135,7 +135,6 @@ def test_other_text_is_refused_even_where_the_tokenizer_is_the_same(corpus: Toke
         train(run, changed, out=tmp_path, resume=True)
 
 
-@pytest.mark.oldest
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(corpus: TokenizedCorpus, tmp_path: Path):
     run = make_run(steps=4, dispatch_steps=1)
     train(run, corpus, out=tmp_path)
