@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# pyenv has a python3.13 on the path for each version that it holds, which fails where that is not switched on.
+ifeq ($(shell $(PYTHON) -c 'print("runs")' 2>/dev/null),)
+  override PYTHON := $(or $(shell .ci/find_python $(PYTHON:python%=%) 2>/dev/null),$(PYTHON))
+endif
 MINOR := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 # The packages that the tests have passed with; `make test CONSTRAINTS=` takes the newest of everything.
 CONSTRAINTS ?= constraints/python$(MINOR).txt
