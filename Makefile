@@ -38,14 +38,14 @@ demo: $(STAMP)  ## look, predict, train, serve, report: about 3 minutes on 2 cor
 	$(BIN)/gcompute demo
 
 test: $(STAMP)  ## the default tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 oldest: $(STAMP)  ## each public function once
-	$(BIN)/python -m pytest -m oldest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m oldest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 slow: $(STAMP)  ## the slow tiers: the TPU and GPU compilers, the whole certificate, several processes, kill -9, labs
 	$(if $(COMPILERS),$(PIP) -e '.[$(COMPILERS)]')
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(CHOICE)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder $(CHOICE)
 
 lock:  ## write constraints/ anew: the newest packages for each Python that is here
 	@for minor in 3.11 3.12 3.13; do \

@@ -1,6 +1,6 @@
 """Which slow tests a commit calls for, the nearest to its changes first, and for how long they may run.
 
-  pytest -m slow --changed-since REVISION --rotate COMMIT --minutes 15 --no-loadscope-reorder
+  pytest -m slow --changed-since REVISION --rotate COMMIT --minutes 15 -n 2 --dist loadfile --no-loadscope-reorder
 
 runs, by test file and in this order: those that changed or import what changed, and those of its packages; a fifth of
 all, another for each commit, so that within some commits each file has run; those that depend on a change over more
@@ -50,7 +50,7 @@ def choose(graph: ImportGraph, changed: Sequence[str] | None, commit: str | None
         if path in turn:
             return DIRECT + 1, f"of the fifth of {(commit or '')[:12]}"
         if path in distance:
-            return DIRECT + distance[path], f"{distance[path]} imports from a change"
+            return DIRECT + distance[path], f"at {distance[path]} imports from a change"
         return len(graph.files), "everything is concerned"
 
     wanted = [path for path in files if path in distance or path in turn or all_concerned]
@@ -176,9 +176,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     count = Counter(one.nodeid.split("::")[0] for one in skipped)
     lines = [f"{number:4} tests of {path}" for path, number in count.items()]
     if lines:
-        lines.insert(
-            0, f"NOT RUN FOR TIME: {len(count)} files, {len(skipped)} tests ({config.getoption('--minutes')} min)"
-        )
+        minutes = config.getoption("--minutes")
+        lines.insert(0, f"NOT RUN FOR TIME ({minutes:g} min): {len(skipped)} tests of {len(count)} files")
         terminalreporter.section("not run for time")
         terminalreporter.write_line("\n".join(lines))
     if (path := config.getoption("--left-file")) is not None:
