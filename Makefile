@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# pyenv has a python3.13 on the path for each version that it holds, which fails where that is not switched on.
+ifeq ($(shell $(PYTHON) -c 'print("runs")' 2>/dev/null),)
+  override PYTHON := $(or $(shell .ci/find_python $(PYTHON:python%=%) 2>/dev/null),$(PYTHON))
+endif
 MINOR := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 # The packages that the tests have passed with; `make test CONSTRAINTS=` takes the newest of everything.
 CONSTRAINTS ?= constraints/python$(MINOR).txt
@@ -34,14 +38,14 @@ demo: $(STAMP)  ## look, predict, train, serve, report: about 3 minutes on 2 cor
 	$(BIN)/gcompute demo
 
 test: $(STAMP)  ## the default tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 oldest: $(STAMP)  ## each public function once
-	$(BIN)/python -m pytest -m oldest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m oldest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 slow: $(STAMP)  ## the slow tiers: the TPU and GPU compilers, the whole certificate, several processes, kill -9, labs
 	$(if $(COMPILERS),$(PIP) -e '.[$(COMPILERS)]')
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(CHOICE)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder $(CHOICE)
 
 lock:  ## write constraints/ anew: the newest packages for each Python that is here
 	@for minor in 3.11 3.12 3.13; do \

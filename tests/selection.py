@@ -1,6 +1,6 @@
 """Which slow tests a commit calls for, the nearest to its changes first, and for how long they may run.
 
-  pytest -m slow --changed-since REVISION --rotate COMMIT --minutes 15 --no-loadscope-reorder
+  pytest -m slow --changed-since REVISION --rotate COMMIT --minutes 15 -n 2 --dist loadfile --no-loadscope-reorder
 
 runs, by test file and in this order: those that changed or import what changed, and those of its packages; a fifth of
 all, another for each commit, so that within some commits each file has run; those that depend on a change over more
@@ -50,7 +50,7 @@ def choose(graph: ImportGraph, changed: Sequence[str] | None, commit: str | None
         if path in turn:
             return DIRECT + 1, f"of the fifth of {(commit or '')[:12]}"
         if path in distance:
-            return DIRECT + distance[path], f"{distance[path]} imports from a change"
+            return DIRECT + distance[path], f"at {distance[path]} imports from a change"
         return len(graph.files), "everything is concerned"
 
     wanted = [path for path in files if path in distance or path in turn or all_concerned]
@@ -106,6 +106,10 @@ def chosen_for(revision: str | None, commit: str | None) -> Chosen:
     return choose(ImportGraph(REPOSITORY), changed, commit)
 
 
+DEADLINE: pytest.StashKey[float] = pytest.StashKey()
+CHOSEN: pytest.StashKey[Chosen] = pytest.StashKey()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("selection", "tests that a commit calls for")
     group.addoption("--changed-since", metavar="REVISION", help="test what differs from it (auto: main, a tag)")
@@ -122,16 +126,6 @@ def pytest_configure(config: pytest.Config) -> None:
     revision, commit = config.getoption("--changed-since"), config.getoption("--rotate")
     if revision or commit:
         config.stash[CHOSEN] = chosen_for(revision, commit)
-
-
-DEADLINE: pytest.StashKey[float] = pytest.StashKey()
-CHOSEN: pytest.StashKey[Chosen] = pytest.StashKey()
-
-
-def pytest_report_header(config: pytest.Config) -> list[str]:
-    if CHOSEN not in config.stash:
-        return []
-    return [config.stash[CHOSEN].told]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -163,6 +157,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left)
 
 
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if CHOSEN in session.config.stash and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        # The files that a commit calls for need not hold a slow test.
+        session.exitstatus = pytest.ExitCode.OK
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     _, deadline = _decided(item.config)
@@ -171,14 +171,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """Name what did not run, so that nobody takes it for tested."""
+    """Say what was chosen, and name what did not run, so that nobody takes it for tested."""
+    if CHOSEN in config.stash:
+        terminalreporter.write_line(config.stash[CHOSEN].told)
     skipped = [one for one in terminalreporter.stats.get("skipped", ()) if OUT_OF_TIME in str(one.longrepr)]
     count = Counter(one.nodeid.split("::")[0] for one in skipped)
     lines = [f"{number:4} tests of {path}" for path, number in count.items()]
     if lines:
-        lines.insert(
-            0, f"NOT RUN FOR TIME: {len(count)} files, {len(skipped)} tests ({config.getoption('--minutes')} min)"
-        )
+        minutes = config.getoption("--minutes")
+        lines.insert(0, f"NOT RUN FOR TIME ({minutes:g} min): {len(skipped)} tests of {len(count)} files")
         terminalreporter.section("not run for time")
         terminalreporter.write_line("\n".join(lines))
     if (path := config.getoption("--left-file")) is not None:

@@ -1,5 +1,6 @@
 """Which slow tests are chosen for a commit: on a small tree made for it, on this repository, and by pytest itself."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,20 +164,36 @@ def test_a_branch_is_compared_with_main_a_merge_with_its_parent_and_main_with_th
     assert changed_files("no such revision", tmp_path) is None
 
 
+# Every look at the clock finds that a minute has passed.
+CONFTEST = """
+import itertools
+import types
+
+import selection
+from selection import *
+
+minutes = itertools.count()
+selection.time = types.SimpleNamespace(time=lambda: 60 * next(minutes))
+"""
+THREE_TESTS = "import pytest\n\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n):\n    pass\n"
+
+
 def test_pytest_runs_the_chosen_in_order_and_names_what_its_minutes_did_not_reach(tmp_path: Path):
-    slow = "import pytest, time\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n):\n    time.sleep({})\n"
+    here = REPOSITORY / "tests"
     plant(
         tmp_path,
         {
-            "pyproject.toml": "[tool.pytest.ini_options]\npythonpath = ['tests']\n",
+            "pyproject.toml": "[tool.pytest.ini_options]\npythonpath = ['tests', 'tests/b']\n",
             "gcompute/a.py": "",
-            "tests/conftest.py": "from selection import *\n",
-            "tests/selection.py": (REPOSITORY / "tests/selection.py").read_text(encoding="utf-8"),
-            "tests/import_graph.py": (REPOSITORY / "tests/import_graph.py").read_text(encoding="utf-8"),
-            "tests/a/test_near.py": "NAME = 'gcompute.a'\n" + slow.format(0.4),
-            "tests/b/test_far.py": "import near\n" + slow.format(0.4),
+            "tests/conftest.py": CONFTEST,
+            **{
+                f"tests/{name}": (here / name).read_text(encoding="utf-8")
+                for name in ("selection.py", "import_graph.py")
+            },
+            "tests/a/test_near.py": "NAME = 'gcompute.a'\n" + THREE_TESTS,
             "tests/b/near.py": "NAME = 'gcompute.a'\n",
-            "tests/c/test_other.py": slow.format(0.4),
+            "tests/b/test_far.py": "import near\n" + THREE_TESTS,
+            "tests/c/test_other.py": THREE_TESTS,
         },
     )
     git(tmp_path, "init")
@@ -184,15 +201,15 @@ def test_pytest_runs_the_chosen_in_order_and_names_what_its_minutes_did_not_reac
     git(tmp_path, "commit", "-m", "all")
     git(tmp_path, "tag", "v1")
     plant(tmp_path, {"gcompute/a.py": "changed = True"})
-    command = [*(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--import-mode=importlib")]
-    command += ["--changed-since", "v1", "--minutes", "0.01", "--left-file", "left.txt", "tests"]
-    env = {"PYTHONPATH": f"{tmp_path}:{tmp_path}/tests/b", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    command = "-m pytest -v -p no:cacheprovider -n 1 --dist loadfile --no-loadscope-reorder --import-mode=importlib"
+    choice = "--changed-since v1 --minutes 2.5 --left-file left.txt tests"
+    done = subprocess.run(
+        [sys.executable, *command.split(), *choice.split()], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 concerned by a change; 1 2 imports from a change" in done.stdout
-    results = [line.split("::")[0] for line in done.stdout.splitlines() if "PASSED" in line or "SKIPPED" in line]
-    assert results == ["tests/a/test_near.py"] * 3 + ["tests/b/test_far.py"] * 3
-    left = (tmp_path / "left.txt").read_text(encoding="utf-8").splitlines()
-    assert left[0].startswith("NOT RUN FOR TIME: ")
-    assert left[-1] == "   3 tests of tests/b/test_far.py"
-    assert done.stdout.count("NOT RUN FOR TIME") == 1
+    assert "1 concerned by a change; 1 at 2 imports from a change" in done.stdout
+    assert re.findall(r"PASSED (?:\[ *\d+%\] )?(tests/\S+?)::", done.stdout) == ["tests/a/test_near.py"] * 3
+    assert re.findall(r"SKIPPED (?:\[ *\d+%\] )?(tests/\S+?)::", done.stdout) == ["tests/b/test_far.py"] * 3
+    told = ["NOT RUN FOR TIME (2.5 min): 3 tests of 1 files", "   3 tests of tests/b/test_far.py"]
+    assert (tmp_path / "left.txt").read_text(encoding="utf-8").splitlines() == told
+    assert "\n".join(told) in done.stdout

@@ -34,11 +34,15 @@ FLOAT64 = Execution(compute=jnp.float64, residual=jnp.float64)
 
 def perturbed(config: ModelConfig, seed: int = 0, dtype=jnp.float64):
     """Parameters with every value moved, so that a bias or scale that is ignored shows."""
-    params = jax.jit(partial(init, config))(jax.random.key(seed))
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), structure.unflatten(moved))
+
+    @jax.jit
+    def moved():
+        leaves, structure = jax.tree.flatten(init(config, jax.random.key(seed)))
+        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+        moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), structure.unflatten(moved))
+
+    return moved()
 
 
 @pytest.fixture(params=mostly_slow(CONFIGS, "llama", "gpt2"), scope="module")

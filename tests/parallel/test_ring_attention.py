@@ -87,12 +87,12 @@ def largest_error(found: Programs, num_shards: int, layout: str, kv_heads: int =
     return max(np.abs(np.asarray(x) - y[:, order]).max() for x, y in zip(results, expected, strict=True))
 
 
-SIZES = (1, 2, 4, 8)
+SIZES = mostly_slow((1, 2, 4, 8), 1, 4)
 
 
 # Of at most 32 terms of order 1, sums in another order differ by some 1e-16: thousands of those are allowed.
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("num_shards", mostly_slow(SIZES, 1, 4))
+@pytest.mark.parametrize("num_shards", SIZES)
 def test_the_ring_is_the_textbook(num_shards, layout):
     assert largest_error(programs(num_shards, layout), num_shards, layout) < 1e-12
 
@@ -282,7 +282,7 @@ def plain(q, k, v, compute=None):
     return jnp.einsum("bnts,bsnh->btnh", rounded(p), rounded(v), precision="highest")
 
 
-@pytest.mark.parametrize("compute", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("compute", mostly_slow([jnp.float32, jnp.bfloat16], jnp.bfloat16))
 def test_narrow_operands_cost_what_they_cost_on_one_device(compute):
     """Both round the same operands once, so errors have one size; p is rounded before the division by its sum, and sums
     are in another order, hence a factor of 4. Below a quarter, operands would not be rounded at all.

@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai_calls import GREEDY, complete, error_of
+from tiers import mostly_slow
 
 from gcompute.serve import api
 from gcompute.serve.errors import HttpError, http_error
@@ -142,22 +143,28 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    body=st.dictionaries(st.sampled_from([*KNOWN, *NEUTRAL]) | st.text(max_size=5), json_values, max_size=6)
-    | st.fixed_dictionaries(
+BODIES = st.dictionaries(st.sampled_from([*KNOWN, *NEUTRAL]) | st.text(max_size=5), json_values, max_size=6) | (
+    st.fixed_dictionaries(
         {"prompt": st.text(max_size=10) | st.lists(st.integers(-1, 300), max_size=5)},
         optional={name: json_values for name in KNOWN if name not in ("prompt", "model")},
     )
 )
-def test_any_json_is_read_or_refused_with_a_status_below_500(engine, body):
-    try:
-        ask = parse_ask(json.dumps(body).encode(), engine=engine, model_name="tiny")
-    except (RequestError, HttpError) as error:
-        answer = http_error(error)
-        assert answer.status in (400, 404)
-        assert json.dumps(answer.body()).encode()
-        assert len(answer.message) < 500
-    else:
-        assert isinstance(ask, Ask)
-        assert len(ask.requests) == len(ask.echoes) > 0
+
+
+@pytest.mark.parametrize("num_bodies", mostly_slow([100, 1000], 100))
+def test_any_json_is_read_or_refused_with_a_status_below_500(engine, num_bodies):
+    @settings(max_examples=num_bodies, deadline=None)
+    @given(body=BODIES)
+    def read(body):
+        try:
+            ask = parse_ask(json.dumps(body).encode(), engine=engine, model_name="tiny")
+        except (RequestError, HttpError) as error:
+            answer = http_error(error)
+            assert answer.status in (400, 404)
+            assert json.dumps(answer.body()).encode()
+            assert len(answer.message) < 500
+        else:
+            assert isinstance(ask, Ask)
+            assert len(ask.requests) == len(ask.echoes) > 0
+
+    read()
