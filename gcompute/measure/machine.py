@@ -160,13 +160,13 @@ def data_caches(directory: Path | None = None) -> tuple[Cache, ...]:
     return tuple(sorted(caches, key=lambda cache: cache.level))
 
 
-def last_cache_bytes(caches: Sequence[Cache], *, cores: int) -> int | None:
-    """What `cores` cores have of the largest cache level together, each its share of what it shares; None if untold.
+def second_level_bytes(caches: Sequence[Cache], *, cores: int) -> int | None:
+    """What `cores` cores have of the second-level caches together, each its share of a shared one; None if untold.
 
-    >>> last_cache_bytes([Cache(level=3, size_bytes=2**23, cores=4)], cores=2) == 2**22
+    >>> second_level_bytes([Cache(level=2, size_bytes=2**19, cores=1)], cores=2) == 2**20
     True
     """
-    return max((cache.size_bytes * cores // cache.cores for cache in caches), default=None)
+    return next((cache.size_bytes * cores // cache.cores for cache in caches if cache.level == 2), None)
 
 
 def parse_cache_size(text: str) -> int | None:

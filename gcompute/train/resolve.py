@@ -9,17 +9,18 @@ from jax.sharding import Mesh
 from gcompute.config.mesh import MeshShape
 from gcompute.config.train import PRECISIONS, RunConfig
 from gcompute.measure.instructions import instruction_set, multiplies_bfloat16
-from gcompute.measure.machine import data_caches, last_cache_bytes, usable_cores
+from gcompute.measure.machine import data_caches, second_level_bytes, usable_cores
 from gcompute.model.splash import fits_splash
 from gcompute.model.transformer import Execution
 from gcompute.parallel.pipeline.schedule import Schedule, gpipe, interleaved, one_f_one_b, zero_bubble
 from gcompute.parallel.placement import Placement
 from gcompute.plan.precision import choose_residual
 
-# What stands for the last cache of a machine that does not tell it: two cores' share of a small one.
-UNTOLD_CACHE_BYTES = 8 * 2**20
-# Feed-forward activations, tokens x F in float32, that a microbatch may have for each byte of the last cache.
-CACHE_SHARE = 0.5
+# What stands for a core's second-level cache where the machine does not tell it.
+UNTOLD_CACHE_BYTES = 2**19
+# Bytes of a microbatch's feed-forward activations, tokens x F in float32, for each byte of second-level cache. Measured
+# with 2 MiB of it: twice as many tokens are slower by a tenth, and the whole batch at once by two fifths.
+ACTIVATIONS_PER_CACHE = 2
 # Below this many tokens a matmul has too few rows to run at full speed.
 LEAST_TOKENS = 512
 # Blocks of 64 queries were the fastest of 32, 64 and 128 at T = 256, H = 64, with AVX2 and with AVX-512.
@@ -109,15 +110,15 @@ def resolve_schedule(run: RunConfig, mesh: MeshShape, accumulation: int) -> Sche
 
 
 def resolve_accumulation(run: RunConfig, mesh: MeshShape, backend: str, *, cache_bytes: int | None = None) -> int:
-    """Microbatches per step: as configured, else on CPU the least number whose activations stay in the cache.
+    """Microbatches per step: as configured, else on CPU the fewest whose activations stay near the cores' own caches.
 
-    What a layer works with is passed from product to product through the cache where it fits, and its weights and
-    gradients are read and written once per microbatch: the fewest microbatches that fit are the fastest. With F
-    the feed-forward size a microbatch has at most `CACHE_SHARE` cache_bytes / 4 F tokens, and at least `LEAST_TOKENS`.
-    A pipeline has as many as divide the batch, up to `PIPELINE_MICROBATCHES` per stage.
+    Weights and gradients are read and written once per microbatch, so fewer are faster as long as one product passes
+    its result to the next through the cache. A microbatch has at most `ACTIVATIONS_PER_CACHE` cache_bytes / 4 F tokens,
+    F the feed-forward size, and at least `LEAST_TOKENS`. A pipeline has as many microbatches as divide the batch, up to
+    `PIPELINE_MICROBATCHES` per stage.
 
     Args:
-      cache_bytes: what this process has of the last cache (None: asks the machine).
+      cache_bytes: second-level caches of the cores of this process together (None: asks the machine).
     """
     if run.train.accumulation:
         return run.train.accumulation
@@ -129,8 +130,9 @@ def resolve_accumulation(run: RunConfig, mesh: MeshShape, backend: str, *, cache
     if backend != "cpu" or run.train.batch % mesh.batch_shards:
         return 1
     if cache_bytes is None:
-        cache_bytes = last_cache_bytes(data_caches(), cores=usable_cores()) or UNTOLD_CACHE_BYTES
-    tokens = max(LEAST_TOKENS, int(CACHE_SHARE * cache_bytes) // (4 * run.model.ffn_size))
+        cores = usable_cores()
+        cache_bytes = second_level_bytes(data_caches(), cores=cores) or cores * UNTOLD_CACHE_BYTES
+    tokens = max(LEAST_TOKENS, ACTIVATIONS_PER_CACHE * cache_bytes // (4 * run.model.ffn_size))
     legal = divisors(rows)
     enough = [n for n in legal if rows * run.seq / n <= tokens]
     largest = [n for n in legal if rows * run.seq / n >= LEAST_TOKENS] or [1]

@@ -14,12 +14,12 @@ from gcompute.measure.machine import (
     Cache,
     count_cores,
     data_caches,
-    last_cache_bytes,
     look,
     malloc_asks_for_huge_pages,
     parse_cache_size,
     parse_cpu_model,
     parse_huge_page_mode,
+    second_level_bytes,
 )
 
 
@@ -118,17 +118,17 @@ def test_caches_as_the_kernel_lists_them(tmp_path):
     assert [cache.level for cache in caches] == [1, 2, 3]
     assert caches[1] == Cache(level=2, size_bytes=512 * 1024, cores=1)
     assert caches[2] == Cache(level=3, size_bytes=8 * 2**20, cores=4)
-    # Two of the four cores that share it have half of it, five have a second one.
-    assert last_cache_bytes(caches, cores=2) == 4 * 2**20
-    assert last_cache_bytes(caches, cores=5) == 10 * 2**20
-    assert last_cache_bytes(caches[:2], cores=2) == 2**20
+    assert second_level_bytes(caches, cores=2) == 2**20
+    # Two of four cores that share one have half of it.
+    shared = (Cache(level=2, size_bytes=16 * 2**20, cores=4),)
+    assert second_level_bytes(shared, cores=2) == 8 * 2**20
 
 
 def test_caches_that_are_not_told(tmp_path):
     assert data_caches(tmp_path / "none") == ()
     write_caches(tmp_path, [("", "Unified", "512K", "0"), (2, "Unified", "much", "0"), (3, "Unified", "8M", "")])
     assert data_caches(tmp_path) == (Cache(level=3, size_bytes=8 * 2**20, cores=1),)
-    assert last_cache_bytes((), cores=2) is None
+    assert second_level_bytes(data_caches(tmp_path), cores=2) is None
 
 
 def test_sizes_and_lists_of_the_kernel():
