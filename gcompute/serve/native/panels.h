@@ -16,11 +16,12 @@ constexpr int kPanel = 32;
 constexpr int kVectors = kPanel / kLanes;
 
 // What a tile holds in registers: sums of kMostRows rows and kTileVectors vectors of columns. Beside 12 sums, 16
-// registers have room for the vectors, one broadcast number and one more; 32 registers hold twice as many sums.
+// registers have room for the vectors, one broadcast number and one more; 32 registers have it beside 24, or 16 where
+// gcc loads many numbers of x early.
 #if defined(__AVX512F__)
 constexpr int kMostRows = 12, kTileVectors = 2;
 #elif defined(__aarch64__)
-constexpr int kMostRows = 6, kTileVectors = 4;
+constexpr int kMostRows = 4, kTileVectors = 4;
 #else
 constexpr int kMostRows = 6, kTileVectors = 2;
 #endif
@@ -107,13 +108,20 @@ struct Int8 {
 #endif
 };
 
+#if defined(__clang__)
+#elif defined(__FMA__)
+#define GCOMPUTE_FMA(sums, w, x) asm("vfmadd231ps %2, %1, %0" : "+v"(sums) : "v"(w), "v"(splat<Words>(x)))
+#elif defined(__aarch64__)
+#define GCOMPUTE_FMA(sums, w, x) asm("fmla %0.4s, %1.4s, %2.s[0]" : "+w"(sums) : "w"(w), "w"(as_float(x)))
+#endif
+
 // The same as Kind::add, in the register of `sums`.
 template <typename Kind>
 GCOMPUTE_INLINE inline typename Kind::Sums add_in_place(typename Kind::Sums sums, Words w, uint32_t x) {
-#if defined(__FMA__) && !defined(__clang__)
+#if defined(GCOMPUTE_FMA)
   // By itself gcc adds to other registers in turn, runs out of them and keeps some sums in memory.
   if constexpr (std::is_base_of_v<Float32, Kind>) {
-    asm("vfmadd231ps %2, %1, %0" : "+v"(sums) : "v"(w), "v"(splat<Words>(x)));
+    GCOMPUTE_FMA(sums, w, x);
     return sums;
   }
 #endif
