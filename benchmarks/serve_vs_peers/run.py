@@ -52,9 +52,7 @@ def last_json(command: list[str], isa: str) -> dict[str, Any]:
         raise SystemExit(f"error: {' '.join(command)} failed with {done.returncode}:\n{done.stderr[-2000:]}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     if isa == "avx2" and "AVX512 = 1" in found.get("system", ""):
-        raise SystemExit(
-            f"error: {command[0]} has a llama.cpp with AVX-512: build it as README.md says."
-        )
+        raise SystemExit(f"error: {command[0]} has a llama.cpp with AVX-512: build it as README.md says.")
     return found
 
 
