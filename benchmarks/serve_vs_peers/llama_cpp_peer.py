@@ -83,6 +83,7 @@ def main() -> None:
         prefill_s=prefill_s[1:],
         decode_s=decode_s[1:],
         tokens=np.array(chosen).T,
+        system=llama_cpp.llama_print_system_info().decode(),
     )
 
 

@@ -17,6 +17,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--weights", choices=("bfloat16", "int8"), default="bfloat16")
     parser.add_argument("--kv", choices=("bfloat16", "int8"), default="bfloat16")
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of what is not int8")
     parser.add_argument("--fast", action="store_true", help="restart once with huge pages, as the command line does")
     options = parser.parse_args()
     restart_fast(options.fast)
@@ -39,6 +40,7 @@ def main() -> None:
         max_queue=batch,
         # All prompts are read before anybody decodes, as the peers do it.
         token_budget=batch * (PROMPT + 1),
+        precision=options.precision,
         weights=None if options.weights == "bfloat16" else "int8",
         kv=None if options.kv == "bfloat16" else "int8",
     )
@@ -59,7 +61,8 @@ def main() -> None:
                 [[token for one in row if isinstance(one, Tokens) for token in one.ids] for row in events]
             )
         assert running.stats().num_late_compilations == 0
-    precision = f"{options.weights} weights, {options.kv} keys and values"
+    kept = [options.precision if kind == "bfloat16" else kind for kind in (options.weights, options.kv)]
+    precision = f"{kept[0]} weights, {kept[1]} keys and values"
     # Measured now, on the machine as it is now: what other work leaves of it changes from minute to minute.
     roofline = measure_roofline()
     report(
@@ -71,7 +74,7 @@ def main() -> None:
         decode_s=decode_s[1:],
         tokens=tokens,
         roofline_bytes_per_s=roofline.memory_bytes_per_s,
-        roofline_flops_per_s=roofline.matmul_flops_per_s["bfloat16"],
+        roofline_flops_per_s=max(roofline.matmul_flops_per_s.values()),
     )
 
 

@@ -209,7 +209,8 @@ def prefill_workspace(
 def in_place_workspace(model: Architecture, *, rows: int, tokens: int) -> float:
     """Bytes beside weights and pool on a CPU whose kernels work on pages where they lie, at most, while logits of
     `rows` tokens are chosen from or a chunk of `tokens` is read: logits and what settings make of them, what is told of
-    each token, the widest layer's rows before and after its activation, and the stream. Nothing of the pool is
+    each token, the widest layer's rows before and after its activation, and the stream. What the kernels unfold of a
+    product's rows, 4 bytes a number, needs less than the former, which is gone by then. Nothing of the pool is
     gathered, and new cells go to it at once. Held to compiled programs of dense models; of mixtures it is a count of
     shapes alone.
     """

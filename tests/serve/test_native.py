@@ -1,6 +1,7 @@
-"""The CPU kernels against numpy: for this processor, and as they are compiled for lesser ones."""
+"""The CPU kernels against numpy: for this processor, as they are compiled for lesser ones and by clang, and for ARM."""
 
 import platform
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernels_alone import Emulated, compile_alone
 from tiers import mostly_slow
 
 from gcompute.cli.environment import HUGE_PAGES
@@ -24,30 +26,46 @@ from gcompute.serve.page_cache import store as store_in_pages
 pytestmark = pytest.mark.skipif(not build.available(), reason=f"needs the CPU kernels: {build.why_not()}")
 # What each leaves out of the processor's instructions.
 LESSER = {
-    "native": (),
     "no-dot-products": ("-mno-avx512bf16", "-mno-avx512vnni"),
     "no-avx512": ("-mno-avx512f",),
     "no-avx": ("-mno-avx", "-mno-avx2"),
 }
+OTHERS = (*LESSER, "clang", "clang-no-avx512", "aarch64")
+# What compiles for another processor, and what runs it here; Debian has them as g++-aarch64-linux-gnu and qemu-user.
+CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 PAGE = 4
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=[pytest.mark.slow] if flags else []) for name, flags in LESSER.items()],
-)
-def suffix(request, tmp_path_factory) -> str:
-    """Of the names of kernels that are compiled with some instructions left out."""
+@pytest.fixture(scope="module", params=["native", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def suffix(request, tmp_path_factory):
+    """Of the names of kernels that are compiled in another way."""
     if request.param == "native":
-        return ""
-    if platform.machine() not in ("x86_64", "AMD64"):
+        yield ""
+        return
+    folder, suffix = tmp_path_factory.mktemp("native"), f"_{request.param}"
+    if request.param == "aarch64":
+        if not (shutil.which(CROSS_COMPILER) and shutil.which(EMULATOR)):
+            pytest.skip(f"needs {CROSS_COMPILER} and {EMULATOR}")
+        program = compile_alone(CROSS_COMPILER, folder / "kernels")
+        with pytest.MonkeyPatch.context() as patch:
+            emulated = Emulated((EMULATOR, str(program)), folder, suffix, jax.ffi.ffi_call)
+            patch.setattr(jax.ffi, "ffi_call", emulated)
+            yield suffix
+        return
+    by_clang = request.param.startswith("clang")
+    if by_clang and not shutil.which("clang++"):
+        pytest.skip("needs clang++")
+    flags = LESSER.get(request.param.removeprefix("clang-"), ())
+    if flags and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("needs an x86 processor, whose instructions these flags name")
     try:
-        library = build.build(build.compiler(), tmp_path_factory.mktemp("native"), LESSER[request.param])
+        library = build.build("clang++" if by_clang else build.compiler(), folder, flags)
     except build.BuildError as error:
-        pytest.skip(f"needs a compiler that knows {LESSER[request.param]}: {error}")
-    build.register(library, f"_{request.param}")
-    return f"_{request.param}"
+        if by_clang:
+            raise
+        pytest.skip(f"needs a compiler that knows {flags}: {error}")
+    build.register(library, suffix)
+    yield suffix
 
 
 def whole_numbers(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:

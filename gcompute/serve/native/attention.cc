@@ -37,8 +37,9 @@ void weigh(float* scores, int64_t num, int64_t end) {
   std::fill(scores + num, scores + end, 0.0f);
   for (int64_t cell = 0; cell < end; cell += kLanes) {
     const Floats weights = load<Floats>(scores + cell) / sum;
-    if constexpr (std::is_same_v<Kind, Float32>) {
-      __builtin_memcpy(scores + cell, &weights, sizeof(weights));
+    if constexpr (kNumbers<Kind> == 1) {
+      const Floats kept = std::is_same_v<Kind, Rounded> ? rounded(weights) : weights;
+      __builtin_memcpy(scores + cell, &kept, sizeof(kept));
     } else {
       const Halves halves = bfloat16_bits(weights);
       __builtin_memcpy(reinterpret_cast<char*>(scores) + cell * sizeof(uint16_t), &halves, sizeof(halves));
@@ -194,8 +195,8 @@ struct Task {
       over_tiles(head, cell, [&](int64_t held, int64_t num) {
         const auto* weights = reinterpret_cast<const uint32_t*>(scores + held * score_stride) + cell / kNumbers<Kind>;
         for (int64_t column = 0; column < sum_stride; column += kPanel)
-          multiply<Kind, true>(num, Rows{weights, score_stride}, panels + column * kWords, kWords,
-                               sums + held * sum_stride + column, sum_stride);
+          multiply<Kind>(num, Rows{weights, score_stride}, panels + column * kWords, kWords,
+                         sums + held * sum_stride + column, sum_stride, true);
       });
     });
     each([&](int64_t, int64_t held, int64_t at) {
@@ -246,7 +247,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
                   queries[1],
                   queries[2],
                   tables.dimensions()[1]};
-  rounded ? attend<Bfloat16>(pool, call, queries[0]) : attend<Float32>(pool, call, queries[0]);
+  rounded ? attend<Narrow>(pool, call, queries[0]) : attend<Float32>(pool, call, queries[0]);
   return ffi::Error::Success();
 }
 

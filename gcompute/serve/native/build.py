@@ -35,6 +35,8 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
 NATIVE = ("-march=native", "-mcpu=native")
 # Set to 0 to serve by XLA's products alone.
 SWITCH = "GCOMPUTE_NATIVE"
+# More flags for the compiler, to measure what a lesser processor would have: -mno-avx512f makes kernels for AVX2.
+MORE_FLAGS = "GCOMPUTE_NATIVE_FLAGS"
 SECONDS = 120
 
 
@@ -53,7 +55,7 @@ def why_not() -> str | None:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
     try:
-        register(build(compiler(), cache_directory() / "native"))
+        register(build(compiler(), cache_directory() / "native", os.environ.get(MORE_FLAGS, "").split()))
     except (BuildError, OSError) as error:
         return str(error)
     return None

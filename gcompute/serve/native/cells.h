@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstring>
-#include <type_traits>
 
 #include "panels.h"
 
@@ -14,11 +13,23 @@ using Bytes = int8_t __attribute__((vector_size(kLanes)));
 
 inline int64_t rounded_up(int64_t number, int64_t to) { return (number + to - 1) / to * to; }
 
-// The nearest bfloat16, as its bits.
-inline Halves bfloat16_bits(Floats numbers) {
+// The nearest bfloat16, as float32.
+inline Floats rounded(Floats numbers) {
   const Words bits = reinterpret_cast<Words>(numbers);
-  return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves);
+  return reinterpret_cast<Floats>((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
 }
+
+// The same, as its bits.
+inline Halves bfloat16_bits(Floats numbers) {
+  return __builtin_convertvector(reinterpret_cast<Words>(rounded(numbers)) >> 16, Halves);
+}
+
+// float32 numbers that are bfloat16's: what attention multiplies where the processor has no dot products of those.
+struct Rounded : Float32 {};
+using Narrow = std::conditional_t<Bfloat16::kFolded, Bfloat16, Rounded>;
+
+template <typename Kind>
+constexpr int kNumbers = std::is_same_v<Kind, Bfloat16> ? 2 : 1;
 
 // The first numbers as float32; zeros where fewer than kLanes are left.
 template <typename Number>
@@ -59,8 +70,8 @@ inline Words words_of(const Number* cell, int64_t i, int64_t size, float scale) 
     const Floats numbers = floats_of(cell + from, kWhole ? kLanes : size - from);
     return sizeof(Number) == 1 ? numbers * scale : numbers;
   };
-  if constexpr (std::is_same_v<Kind, Float32>) {
-    return reinterpret_cast<Words>(floats(i));
+  if constexpr (kNumbers<Kind> == 1) {
+    return reinterpret_cast<Words>(std::is_same_v<Kind, Rounded> && sizeof(Number) != 2 ? rounded(floats(i)) : floats(i));
   } else if constexpr (sizeof(Number) == 2) {
     if (kWhole || i + 2 * kLanes <= size) return load<Words>(cell + i);
     Words words = {};
@@ -71,9 +82,6 @@ inline Words words_of(const Number* cell, int64_t i, int64_t size, float scale) 
     return load<Words>(halves);
   }
 }
-
-template <typename Kind>
-constexpr int kNumbers = std::is_same_v<Kind, Float32> ? 1 : 2;
 
 // A cell's numbers as `num_words` words.
 template <typename Kind, typename Number>
@@ -163,7 +171,8 @@ struct Operands {
 template <typename Kind, typename Number>
 Operands operands_of(const Block& block, int64_t stride, uint32_t* to) {
   const int64_t size = block.row.pages.size, heads = block.heads();
-  constexpr bool kSame = !std::is_same_v<Number, int8_t> && sizeof(Number) * kNumbers<Kind> == sizeof(uint32_t);
+  constexpr bool kSame = !std::is_same_v<Number, int8_t> && sizeof(Number) * kNumbers<Kind> == sizeof(uint32_t) &&
+                         !std::is_same_v<Kind, Rounded>;
   Operands found{{}, stride};
   for (int64_t cell = 0; cell < block.num; cell++) {
     const Number* from = reinterpret_cast<const Number*>(block.cells[cell]);
@@ -242,7 +251,7 @@ void pack_values(const Operands& values, int64_t head, uint32_t* panels, Fetch& 
       const int64_t column = at * kNumbers<Kind>, from = head * values.stride + at;
       uint32_t* to = panels + (column / kPanel * kWords + word) * kPanel + column % kPanel;
       const Words first = load<Words>(values.cells[word * kNumbers<Kind>] + from);
-      if constexpr (std::is_same_v<Kind, Float32>) {
+      if constexpr (kNumbers<Kind> == 1) {
         __builtin_memcpy(to, &first, sizeof(Words));
       } else {
         const Words second = load<Words>(values.cells[word * 2 + 1] + from);
@@ -268,7 +277,7 @@ inline void unpack_sums(const float* sums, int64_t size, Number* out) {
   };
   for (int64_t first = 0; first < size; first += 2 * kLanes) {
     const Words even = load<Words>(sums + first), odd = load<Words>(sums + first + kLanes);
-    if constexpr (std::is_same_v<Kind, Float32>) {
+    if constexpr (kNumbers<Kind> == 1) {
       store(reinterpret_cast<Floats>(even), first);
       store(reinterpret_cast<Floats>(odd), first + kLanes);
     } else {

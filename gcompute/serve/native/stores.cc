@@ -51,7 +51,7 @@ ffi::Error store(ffi::AnyBuffer pages, ffi::AnyBuffer new_cells, ffi::Buffer<ffi
 template <typename Number>
 void put_head(const float* x, const float* cos, const float* sin, int64_t size, bool rounds, Number* to) {
   const auto put = [=](Floats numbers, int64_t left, int64_t at) {
-    if (rounds) numbers = reinterpret_cast<Floats>(__builtin_convertvector(bfloat16_bits(numbers), Words) << 16);
+    if (rounds) numbers = rounded(numbers);
     store_some(numbers, left, to + at);
   };
   const int64_t half = cos ? size / 2 : 0;
