@@ -16,6 +16,7 @@ from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainC
 CONFIGS = (ModelConfig, OptimizerConfig, TrainConfig, DataConfig)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_run_survives_json(name: str):
     run = RunConfig(

@@ -68,6 +68,7 @@ def test_char_ids_follow_sorted_order(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.oldest
 def test_vocabulary_sizes_and_end_of_text():
     assert (BYTE.vocab_size, BYTE.end_of_text) == (257, 256)
     assert (BPE.vocab_size, BPE.decode([BPE.end_of_text])) == (320, END_OF_TEXT)

@@ -164,6 +164,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.oldest("expert=2,context=2-3")
 @pytest.mark.parametrize(("shape", "capacity"), mostly_slow(MESHES, MESHES[0], MESHES[4]), ids=str)
 def test_results_and_gradients_are_the_textbooks(shape, capacity):
     assert (expected(capacity).dropped > 0) == (capacity is not None)

@@ -48,6 +48,7 @@ def test_no_parameter_of_any_preset_claims_an_axis_twice(name: str):
         partition_spec(dims, ALL)
 
 
+@pytest.mark.oldest
 def test_all_axes_of_a_mesh_split_the_parameters_of_a_mixture():
     config = PRESETS["mixtral-8x7b"]
     shape = MeshShape(stage=4, fsdp=8, expert=8, tensor=4)

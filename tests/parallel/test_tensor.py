@@ -124,6 +124,7 @@ def feed_forward_layout(mesh, names):
     return (P(Axis.DATA), {name: specs[name] for name in names}), P(Axis.DATA)
 
 
+@pytest.mark.oldest("plain")
 @pytest.mark.parametrize("form", mostly_slow(FORMS, "gated", "plain with biases"))
 def test_feed_forward_equals_one_device(form):
     mesh, weights = tensor_mesh(4, data=2), {name: WEIGHTS[name] for name in FORMS[form]}
@@ -169,6 +170,7 @@ def attention_layout(mesh, kv_heads=N // 2):
     return (P(Axis.DATA), {name: specs[name] for name in HEADS}), P(Axis.DATA)
 
 
+@pytest.mark.oldest("2-1")
 @pytest.mark.parametrize(("tensor", "data"), mostly_slow([(1, 1), (2, 1), (4, 2)], (4, 2)))
 def test_attention_equals_one_device(tensor, data):
     mesh = tensor_mesh(tensor, data)

@@ -98,6 +98,7 @@ def test_neutral_values_of_what_is_not_built_are_accepted(http):
     )
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     "content",
     [

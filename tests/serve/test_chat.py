@@ -114,6 +114,7 @@ def test_a_chat_that_is_too_long_and_an_unknown_model(http):
     error_of(response, 404, param="model", code="model_not_found")
 
 
+@pytest.mark.oldest
 def test_logprobs_of_a_completion(http, engine, tokenizer):
     own = engine.generate(["once"], Sampling(**GREEDY, logprobs=3))[0]
     body = complete(http, prompt="once", logprobs=3, **GREEDY)["choices"][0]
@@ -200,6 +201,7 @@ def test_penalties_and_bias_over_http_are_the_engines_own(http, engine):
     assert body["choices"][0]["text"] != complete(http, prompt="once", **GREEDY)["choices"][0]["text"]
 
 
+@pytest.mark.oldest
 def test_an_api_key_is_asked_for_under_v1_alone(engine):
     body = {"prompt": "a", "max_tokens": 1}
     with (

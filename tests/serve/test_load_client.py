@@ -320,6 +320,7 @@ def test_what_is_no_address(url: str):
         Address.parse(url)
 
 
+@pytest.mark.oldest
 def test_looking_at_what_is_no_server():
     async def run(answer: Handler):
         async with serving(answer) as client:

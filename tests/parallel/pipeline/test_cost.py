@@ -27,6 +27,7 @@ def schedules(stages, microbatches):
     return made
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(("stages", "microbatches"), SIZES)
 def test_bubbles_are_those_of_the_papers_on_both_clocks(stages, microbatches):
     fill = stages - 1
@@ -40,6 +41,7 @@ def test_bubbles_are_those_of_the_papers_on_both_clocks(stages, microbatches):
         assert f"{schedule.name}: {len(schedule.ticks)} ticks" in str(cost)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(("stages", "microbatches"), SIZES)
 def test_idle_slots_of_the_program_are_what_the_formula_says(stages, microbatches):
     for schedule in schedules(stages, microbatches):
