@@ -76,7 +76,8 @@ def whole_numbers(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
-    ("m", "i", "o"), [(1, 64, 32), (5, 72, 70), (12, 64, 96), (13, 128, 33), (40, 256, 500), (1, 4, 40), (33, 16, 32)]
+    ("m", "i", "o"),
+    [(1, 64, 32), (5, 72, 70), (12, 64, 96), (13, 128, 33), (40, 256, 500), (1, 4, 40), (33, 16, 32), (200, 600, 70)],
 )
 def test_products_are_exact(suffix, dtype, m, i, o):
     x, w = whole_numbers(1, (m, i), dtype), whole_numbers(2, (o, i), dtype)
@@ -88,9 +89,9 @@ def test_products_are_exact(suffix, dtype, m, i, o):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_is_the_same_among_any_others(suffix, dtype):
     rng = np.random.default_rng(3)
-    x, w = jnp.asarray(rng.normal(size=(29, 96)), dtype), pack(jnp.asarray(rng.normal(size=(80, 96)), dtype))
+    x, w = jnp.asarray(rng.normal(size=(129, 600)), dtype), pack(jnp.asarray(rng.normal(size=(80, 600)), dtype))
     whole = products.product(x, w, 80, suffix)
-    for rows in (slice(0, 1), slice(7, 8), slice(3, 16), slice(28, 29)):
+    for rows in (slice(0, 1), slice(7, 8), slice(3, 16), slice(28, 31), slice(100, 105), slice(128, 129)):
         np.testing.assert_array_equal(products.product(x[rows], w, 80, suffix), whole[rows])
 
 
@@ -383,6 +384,12 @@ def test_a_library_is_compiled_once(tmp_path):
     made = first.stat().st_mtime_ns
     assert build.build(build.compiler(), tmp_path, ("-O0",)) == first
     assert first.stat().st_mtime_ns == made
+
+
+def test_more_flags_reach_the_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("GCOMPUTE_CACHE", str(tmp_path))
+    monkeypatch.setenv(build.MORE_FLAGS, "-fno-such-flag")
+    assert "no-such-flag" in str(build.why_not.__wrapped__())
 
 
 def test_the_switch_turns_kernels_off(monkeypatch):
