@@ -95,6 +95,7 @@ def test_exit_status_and_words_where_it_does_not_fit(capsys, monkeypatch: pytest
 SERVE = ("compile", "serve", "test", "--on", "cpu:4", "--mesh", "data=2,tensor=2", "--slots", "4")
 
 
+@pytest.mark.slow
 def test_compiles_the_serving_programs(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert status(*SERVE, "--context", "24", "--precision", "float32", "--json") == 0
     answer = json.loads(capsys.readouterr().out)
