@@ -97,6 +97,7 @@ SERVE = ("compile", "serve", "test", "--on", "cpu:4", "--mesh", "data=2,tensor=2
 
 
 @pytest.mark.oldest
+@pytest.mark.slow
 def test_compiles_the_serving_programs(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert status(*SERVE, "--context", "24", "--precision", "float32", "--json") == 0
     answer = json.loads(capsys.readouterr().out)

@@ -172,7 +172,6 @@ TRAINER = [
         "total = jax.lax.psum(gradient, Axis.DATA)",
         "total = gradient * jax.lax.axis_size(Axis.DATA)",
         "data=2",
-        slow=False,
     ),
     trainer(
         "the gradient is reduced over another axis",

@@ -6,6 +6,7 @@ import pytest
 
 
 @pytest.mark.oldest
+@pytest.mark.slow
 def test_the_loss_of_each_format_beside_bfloat16(gcompute, finished, words):
     told = json.loads(gcompute("bench", "quality", finished, "--text", words, "--json").out)
     assert [(row["weights"], row["kv"]) for row in told["rows"]] == [

@@ -79,6 +79,7 @@ def test_help_loads_no_jax_and_is_quick():
 
 
 @pytest.mark.oldest
+@pytest.mark.slow
 def test_a_toml_file_says_what_flags_say(gcompute: Command, words: Path, tmp_path: Path):
     flags = [
         *TINY,

@@ -45,7 +45,7 @@ def perturbed(config: ModelConfig, seed: int = 0, dtype=jnp.float64):
     return moved()
 
 
-@pytest.fixture(params=mostly_slow(CONFIGS, "llama", "gpt2"), scope="module")
+@pytest.fixture(params=mostly_slow(CONFIGS, "llama"), scope="module")
 def config(request):
     return CONFIGS[request.param]
 
@@ -75,7 +75,8 @@ def test_forward_and_gradient_equal_the_textbook_in_float64(config):
             )
 
 
-@pytest.mark.parametrize("remat", mostly_slow(["dots", "full"], "dots"))
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_gradient(remat):
     config = CONFIGS["llama"]
     with float64(True):

@@ -86,7 +86,7 @@ MESHES = {
     ("mesh", "optimizer_name"),
     mostly_slow(
         [*((mesh, "adamw") for mesh in MESHES), ("data=2,fsdp=2,tensor=2", "muon")],
-        *(("data=2", "adamw"), ("data=2,fsdp=2,tensor=2", "adamw")),
+        ("data=2,fsdp=2,tensor=2", "adamw"),
     ),
 )
 def test_a_mesh_trains_as_one_device_does(mesh: str, optimizer_name: str, reference):

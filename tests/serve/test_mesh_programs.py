@@ -54,8 +54,8 @@ MODELS = {
     # Tokens that share experts' places depend on each other, so a batch holds but one of them.
     "experts with places": dataclasses.replace(DENSE, experts=4, ffn=16, capacity_factor=4.0),
 }
-CASES = [("dense", "data=2,fsdp=2,tensor=2", {"speculate": "ngram"})]
-SLOW_CASES = [
+CASES = [
+    ("dense", "data=2,fsdp=2,tensor=2", {"speculate": "ngram"}),
     # Two devices share each key/value head.
     ("dense", "tensor=8", {}),
     ("experts", "data=2,expert=2,tensor=2", {"kv": "int8"}),
@@ -155,9 +155,10 @@ def run(engine: Engine, checked_books: Callable) -> tuple[list[tuple[int, ...]],
     return tokens, done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mesh", "changes"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
+    CASES,
 )
 def test_a_mesh_serves_what_one_device_does(name: str, mesh: str, changes: dict, checked_books):
     engine = make_engine(name, mesh, **changes)
