@@ -97,6 +97,8 @@ class ImportGraph:
         """What a string names: the program, a module, or code for another process."""
         folder = PurePosixPath(path).parent
         if text == PACKAGE:
+            if path.startswith(f"{PACKAGE}/"):  # the name of a folder, not of the program
+                return
             yield from self._resolve(f"{PACKAGE}.__main__", folder)
         elif PACKAGE in text:
             for name in MENTION.findall(text):
