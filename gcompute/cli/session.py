@@ -40,7 +40,7 @@ from gcompute.train.events import Event, Started
 from gcompute.train.loop import METRICS, TrainResult, open_data, train
 from gcompute.train.metrics_log import read_metrics
 from gcompute.train.programs import resolve_mesh
-from gcompute.train.resolve import default_mesh, default_query_blocks, resolve_accumulation
+from gcompute.train.resolve import default_mesh, resolve_accumulation, resolve_query_blocks
 
 CURVE = "loss.png"
 
@@ -114,7 +114,7 @@ def predict(run: RunConfig, roofline: MeasuredRoofline) -> Prediction:
         "batch": train_config.batch,
         "seq": run.seq,
         "accumulation": accumulation,
-        "query_blocks": default_query_blocks(run, mesh, jax.default_backend()),
+        "query_blocks": resolve_query_blocks(run, mesh, jax.default_backend()),
         "precision": train_config.precision,
         "optimizer": run.optimizer.optimizer,
         "remat": train_config.remat,

@@ -12,6 +12,7 @@ from gcompute.plan.accuracy import Accuracy, accuracy_of
 from gcompute.plan.legal import check_mesh
 from gcompute.plan.memory import (
     OPERAND_BYTES,
+    choose_query_blocks,
     optimizer_state_values,
     train_memory,
 )
@@ -180,6 +181,7 @@ def memory_of(question: TrainQuestion) -> MemoryAnswer:
             mesh=run.mesh,
             residual=question.residual,
             fuses_mask=target.backend == "gpu",
+            query_blocks=_query_blocks(question),
         )
         components = {name.removesuffix("_bytes"): float(value) for name, value in plain.to_dict().items()}
         total = components.pop("total")
@@ -190,6 +192,13 @@ def memory_of(question: TrainQuestion) -> MemoryAnswer:
         accuracy=accuracy,
         low=accuracy.low if accuracy else 0.0,
     )
+
+
+def _query_blocks(question: TrainQuestion) -> int:
+    run = question.run
+    whole_sequences = run.mesh.context == 1 or run.context_attention == "ulysses"
+    backend = question.target.backend
+    return choose_query_blocks(backend, seq=run.seq, precision=run.precision, whole_sequences=whole_sequences)
 
 
 def _named(memory: ProgramMemory) -> dict[str, float]:
@@ -267,6 +276,7 @@ def _on_cpu(question: TrainQuestion) -> TrainTime:
         accumulation=run.accumulation,
         optimizer=question.optimizer,
         remat=run.remat if isinstance(run.remat, str) else "full",
+        query_blocks=_query_blocks(question),
     )
     return dataclasses.replace(
         whole,

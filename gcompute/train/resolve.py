@@ -14,6 +14,7 @@ from gcompute.model.splash import fits_splash
 from gcompute.model.transformer import Execution
 from gcompute.parallel.pipeline.schedule import Schedule, gpipe, interleaved, one_f_one_b, zero_bubble
 from gcompute.parallel.placement import Placement
+from gcompute.plan.memory import choose_query_blocks
 from gcompute.plan.precision import choose_residual
 
 # What stands for a core's second-level cache where the machine does not tell it.
@@ -23,8 +24,6 @@ UNTOLD_CACHE_BYTES = 2**19
 ACTIVATIONS_PER_CACHE = 2
 # Below this many tokens a matmul has too few rows to run at full speed.
 LEAST_TOKENS = 512
-# Blocks of 64 queries were the fastest of 32, 64 and 128 at T = 256, H = 64, with AVX2 and with AVX-512.
-LEAST_QUERIES = 64
 # With four microbatches a stage a 1F1B pipeline idles for less than a fifth of its time.
 PIPELINE_MICROBATCHES = 4
 # Compile time grows with every layer that is written out.
@@ -51,7 +50,7 @@ def resolve_execution(run: RunConfig, mesh: MeshShape, backend: str) -> Executio
         unroll=min(unroll, layers),
         one_projection=one_cpu,
         output_major=one_cpu and precision == "float32",
-        query_blocks=default_query_blocks(run, mesh, backend),
+        query_blocks=resolve_query_blocks(run, mesh, backend),
         kernel="splash" if backend == "tpu" and whole_sequences and fits_splash(run.seq) else "xla",
     )
 
@@ -71,16 +70,11 @@ def resolve_residual(run: RunConfig, backend: str) -> str:
     return run.train.residual if run.train.residual in PRECISIONS else choose_residual(backend)[0]
 
 
-def default_query_blocks(run: RunConfig, mesh: MeshShape, backend: str) -> int:
-    """Blocks of queries for attention in float32 on a CPU, 1 elsewhere.
-
-    Four leave 5/8 of the scores, and more gain little: blocks of fewer than `LEAST_QUERIES` are slower to multiply.
-    XLA on CPU has no bfloat16 product for the layouts that slices come in.
-    """
+def resolve_query_blocks(run: RunConfig, mesh: MeshShape, backend: str) -> int:
+    """As `plan.memory.choose_query_blocks` says of this run."""
     whole_sequences = mesh.context == 1 or run.train.context_attention == "ulysses"
-    if backend != "cpu" or resolve_precision(run, backend) != "float32" or not whole_sequences:
-        return 1
-    return next(n for n in (4, 2, 1) if n == 1 or (run.seq % n == 0 and run.seq // n >= LEAST_QUERIES))
+    precision = resolve_precision(run, backend)
+    return choose_query_blocks(backend, seq=run.seq, precision=precision, whole_sequences=whole_sequences)
 
 
 def resolve_placement(run: RunConfig, mesh: Mesh, shape: MeshShape) -> Placement:

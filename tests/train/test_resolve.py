@@ -4,7 +4,7 @@ import pytest
 from tiny_run import make_run
 
 from gcompute.config.mesh import MeshShape
-from gcompute.train.resolve import LEAST_TOKENS, default_query_blocks, resolve_accumulation, resolve_execution
+from gcompute.train.resolve import LEAST_TOKENS, resolve_accumulation, resolve_execution, resolve_query_blocks
 
 ONE = MeshShape()
 BABY = {"layers": 6, "dim": 384, "heads": 6, "kv_heads": 6, "ffn": 1536, "context": 256}
@@ -50,7 +50,7 @@ def test_microbatches_are_chosen_where_nobody_tells_the_cache(monkeypatch):
     ],
 )
 def test_blocks_of_queries_divide_the_sequence(changes, expected):
-    assert default_query_blocks(make_run(model={**BABY, **changes}), ONE, "cpu") == expected
+    assert resolve_query_blocks(make_run(model={**BABY, **changes}), ONE, "cpu") == expected
 
 
 def test_forms_of_one_cpu_are_for_one_cpu():
@@ -64,4 +64,4 @@ def test_forms_of_one_cpu_are_for_one_cpu():
         assert (there.one_projection, there.output_major) == (False, False)
     assert resolve_execution(run, ONE, "gpu").query_blocks == 1
     ring = baby(mesh=MeshShape(context=2))
-    assert default_query_blocks(ring, MeshShape(context=2), "cpu") == 1
+    assert resolve_query_blocks(ring, MeshShape(context=2), "cpu") == 1
