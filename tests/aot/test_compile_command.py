@@ -70,7 +70,8 @@ def test_unknown_program(capsys):
 
 def report(**changes) -> dict:
     memory = dict.fromkeys(compile_module.MEMORY_ROWS, 2**30)
-    whole = {"target": "v5e:4x4", "num_devices": 16, "compile_s": 1.0, "accumulation": 1, "fits": True}
+    whole = {"target": "v5e:4x4", "num_devices": 16, "compile_s": 1.0, "accumulation": 1}
+    whole |= {"precision": "bfloat16", "fits": True}
     whole |= {"needed_bytes": 10 * 2**30, "limit_bytes": 16 * 2**30, "memory": memory, "largest": []}
     return {**whole, "collectives": [], "unreadable": None, **changes}
 
