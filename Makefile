@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml $(TESTED)
 
 install: $(STAMP)  ## make the environment, with the tested set of packages (newest: make install CONSTRAINTS=)
 
-demo: $(STAMP)  ## look, predict, train, serve, report: about 3 minutes on 2 cores
+demo: $(STAMP)  ## look, predict, train, serve, report: about 5 minutes, sized for the machine
 	$(BIN)/gcompute demo
 
 test: $(STAMP)  ## the default tests
