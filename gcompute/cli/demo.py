@@ -58,7 +58,7 @@ def command(out: Path, minutes: float, steps: int | None, again: bool, as_json: 
     """Look at this machine, predict, train on the source text of Python's standard library, serve, report.
 
     The model and its steps are sized by the prediction for about two minutes of training on this machine. Running it
-    again goes on from where it was; what is finished is reused.
+    again continues from its last checkpoint; what is finished is reused.
     """
     started = time.time()
     restart_fast(fast)
@@ -141,7 +141,7 @@ def _trained(
     from gcompute.train.loop import open_data
     from gcompute.train.ngram import bigram_loss, unigram_loss
 
-    resume = any((out / "checkpoints").glob("[0-9]*"))
+    resume = _read(out / "run.json") is not None and any((out / "checkpoints").glob("[0-9]*"))
     kept = _read(out / "session.json")
     if resume and kept and kept["measured"]["step"] >= run.train.steps:
         console.print(f"{out} is trained: {kept['measured']['step']} steps, reused")

@@ -189,7 +189,7 @@ def _device_here(mesh: Mesh) -> Any:
 
 
 def compiler_options(run: RunConfig, backend: str) -> dict[str, str]:
-    """What the compiler of `backend` is told of the train step of `run`, where it knows the option.
+    """Compiler options for the train step of `run` on `backend`, those that its compiler knows.
 
     The TPU compiler multiplies by the pieces of a matrix as they come round a ring, rather than gather it first, where
     the matrix is larger than this threshold.
