@@ -1,5 +1,6 @@
 """gcompute exam: what the planner says against what is known, class by class."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ def command(cases: bool, num_compiled: int | None, write: bool, as_json: bool) -
 
     Worked problems of the scaling-book by the library's public functions; published step times, each predicted by
     efficiencies that were fitted without that model on that chip; memory against recorded results of the TPU compiler.
+    Beside them, with no limit demanded: published runs and servers that no fit saw.
     Exit status 0: every class is within its limits; 1: one is not.
     """
     from gcompute.exam.report import headline_errors, sit
+    from gcompute.exam.unseen import unseen_points
 
     parts = sit()
     again = _compile_again(num_compiled) if num_compiled else []
@@ -43,7 +46,12 @@ def command(cases: bool, num_compiled: int | None, write: bool, as_json: bool) -
         write_accuracy(parts, RECORD)
     if as_json:
         headline = [{"name": one.name, "step_s": one.step_s, "error": error} for one, error in headline_errors()]
-        document = {"parts": [part.to_dict() for part in parts], "headline": headline, "compiled_again": again}
+        document = {
+            "parts": [part.to_dict() for part in parts],
+            "unseen": [{**dataclasses.asdict(one), "error": one.error} for one in unseen_points()],
+            "headline": headline,
+            "compiled_again": again,
+        }
         print(checked_json(document))
     else:
         _show(parts, headline_errors(), cases=cases)
@@ -55,6 +63,8 @@ def command(cases: bool, num_compiled: int | None, write: bool, as_json: bool) -
 
 def write_accuracy(parts: Any, path: Path) -> None:
     """The errors of each class, as `plan.accuracy` reads them."""
+    from gcompute.exam.unseen import unseen_errors
+
     classes = {
         part.kind: {
             "num": len(part.cases),
@@ -66,7 +76,9 @@ def write_accuracy(parts: Any, path: Path) -> None:
         for part in parts
     }
     lines = [f"  {json.dumps(kind)}: {json.dumps(values)}" for kind, values in classes.items()]
-    path.write_text('{\n "classes": {\n' + ",\n".join(lines) + "\n }\n}\n", encoding="utf-8")
+    unseen = [f"  {json.dumps(kind)}: {json.dumps(dataclasses.asdict(one))}" for kind, one in unseen_errors().items()]
+    text = '{\n "classes": {\n' + ",\n".join(lines) + '\n },\n "unseen": {\n' + ",\n".join(unseen) + "\n }\n}\n"
+    path.write_text(text, encoding="utf-8")
 
 
 def _compile_again(num: int) -> list[dict[str, Any]]:
@@ -86,6 +98,8 @@ def _compile_again(num: int) -> list[dict[str, Any]]:
 
 def _show(parts: Any, headline: Any, *, cases: bool) -> None:
     from rich.table import Table
+
+    from gcompute.exam.unseen import unseen_errors, unseen_points
 
     console = wide_console()
     table = Table(title="the planner's exam", title_justify="left")
@@ -113,6 +127,12 @@ def _show(parts: Any, headline: Any, *, cases: bool) -> None:
         for case in part.cases if cases else failed[:WORST_SHOWN]:
             mark = "" if case.within else f"  outside its tolerance. {case.note or ''}"
             console.print(f"  {case.error:+7.1%}  {case.name[:140]}{mark}", soft_wrap=True)
+    console.print("\npublished runs and servers that no fit saw:")
+    for kind, error in unseen_errors().items():
+        console.print(f"  {kind}: {error}", soft_wrap=True)
+    for one in unseen_points() if cases else ():
+        said = f"  ({one.uncertain})" if one.uncertain else ""
+        console.print(f"  {one.error:+7.1%}  {one.kind}: {one.name}{said}", soft_wrap=True, markup=False)
     console.print("\nten published runs, by the efficiencies in use (predicted against published):")
     for one, error in headline:
         console.print(f"  {error:+6.1%}  {seconds(one.step_s):>9}  {one.name}", soft_wrap=True)

@@ -218,17 +218,19 @@ class ServeAnswer:
         self.accuracy: Accuracy | None = None
         if target.backend == "tpu":
             self.accuracy = accuracy_of("serve memory, TPU compiler", {"chip": target.chip})
-        self.time_accuracy = accuracy_of("serving times, worked problems", {})
+        self.time_accuracy = accuracy_of(
+            "serving times, worked problems", {}, unseen=f"serving, {target.backend.upper()}"
+        )
 
     @property
     def verdict(self) -> str:
         """ "fits" only where it would even if the prediction were too small by as much as any examined."""
         if self.memory.available_bytes is None:
             return SHARED
+        if not self.memory.fits:
+            return TOO_LARGE
         low = self.accuracy.low if self.accuracy else 0.0
-        if self.memory.total_bytes * (1 + low) <= self.memory.available_bytes:
-            return FITS
-        return CLOSE if self.memory.fits else TOO_LARGE
+        return FITS if self.memory.total_bytes * (1 + low) <= self.memory.available_bytes else CLOSE
 
     def usd_per_million(self, load: Load) -> float | None:
         if self.price is None:
@@ -331,7 +333,7 @@ class ServeAnswer:
         if usd is not None and self.price is not None:
             shown["a million tokens"] = dollars(usd)
         two_columns("time (predicted)", shown, console, bold="tokens/s")
-        console.print(f"error of such equations: {self.time_accuracy}; no measured server was.", soft_wrap=True)
+        console.print(f"error of such equations: {self.time_accuracy}.", soft_wrap=True)
         if self.price is not None:
             console.print(f"price: {dollars(self.price.usd_per_chip_hour)} a chip-hour ({self.price})")
         else:

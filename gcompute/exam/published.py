@@ -36,10 +36,10 @@ class PublishedRun:
 def published_runs() -> tuple[PublishedRun, ...]:
     """Every run of published.json."""
     document = json.loads(RUNS.read_text(encoding="utf-8"))
-    return tuple(_run(one, document["models"]) for one in document["runs"])
+    return tuple(published_run(one, document["models"]) for one in document["runs"])
 
 
-def _model(name: str, shape: dict[str, Any], context: int) -> Architecture:
+def planned(name: str, shape: dict[str, Any], context: int) -> Architecture:
     """The model of that name: its shape, or a Hugging Face configuration where it is more than one kind of layer."""
     if "config" in shape:
         return from_huggingface(shape["config"], source=name).architecture
@@ -50,14 +50,19 @@ def _model(name: str, shape: dict[str, Any], context: int) -> Architecture:
     return Architecture(name=name, vocab=shape["vocab"], dim=shape["dim"], layers=layers, context=context, tied=False)
 
 
-def _run(one: dict[str, Any], models: dict[str, Any]) -> PublishedRun:
-    chip = find_chip(one["chip"])
-    slices = one["slices"]
-    shape_of_slice = slice_of(chip, one["chips"] // slices) if chip.torus_dims else (one["chips"],)
-    assert shape_of_slice is not None
+def target_of(name: str, chips: int, slices: int = 1) -> Target:
+    """`chips` chips of that name, in equal slices."""
+    chip = find_chip(name)
+    shape = slice_of(chip, chips // slices) if chip.torus_dims else (chips,)
+    assert shape is not None
+    return Target(chip=chip.name, shape=shape, slices=slices, known=chip)
+
+
+def published_run(one: dict[str, Any], models: dict[str, Any]) -> PublishedRun:
+    target = target_of(one["chip"], one["chips"], one["slices"])
     remat = one["remat"]
     run = TrainRun(
-        model=_model(one["model"], models[one["model"]], one["seq"]),
+        model=planned(one["model"], models[one["model"]], one["seq"]),
         batch=one["batch"],
         seq=one["seq"],
         mesh=MeshShape.parse(one["mesh"]),
@@ -66,12 +71,13 @@ def _run(one: dict[str, Any], models: dict[str, Any]) -> PublishedRun:
         sequence_parallel=one.get("sequence_parallel", True),
         schedule="interleaved" if one.get("chunks", 1) > 1 else "1f1b",
         chunks=one.get("chunks", 1),
+        zero=one.get("zero", 0),
     )
     return PublishedRun(
-        name=f"{one['model']} on {one['chips']:,} {chip.name}, {one['mesh']}, batch {one['batch']:,} x {one['seq']:,}",
-        group=f"{one['model']} on {chip.name}",
+        name=f"{one['model']} on {one['chips']:,} {target.chip}, {run.mesh}, batch {run.batch:,} x {run.seq:,}",
+        group=f"{one['model']} on {target.chip}",
         run=run,
-        target=Target(chip=chip.name, shape=shape_of_slice, slices=slices, known=chip),
+        target=target,
         step_s=one["step_s"],
         source=one["source"],
         headline=one.get("headline", False),

@@ -8,14 +8,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 RECORD = Path(__file__).with_name("accuracy.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unseen:
+    """The error, as shares, of `num` published figures that no efficiency was fitted to and nobody chose by."""
+
+    num: int
+    median: float
+    worst: float
+
+    def __str__(self) -> str:
+        return f"median {self.median:.0%}, worst {self.worst:.0%} of {self.num} published that no fit saw"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
     """The error of one class of prediction, as shares: of `num` cases, `median` and `worst`. low: the most by which a
-    prediction was too small. outside: in what the question differs from all cases, empty where it does not."""
+    prediction was too small. outside: in what the question differs from all cases, empty where it does not. unseen: the
+    error where nobody looked, None where there are no such figures."""
 
     kind: str
     num: int
@@ -23,21 +37,35 @@ class Accuracy:
     worst: float
     low: float
     outside: tuple[str, ...] = ()
+    unseen: Unseen | None = None
 
     def __str__(self) -> str:
         words = f"median {self.median:.1%}, worst {self.worst:.1%} of {self.num} examined"
+        if self.unseen:
+            words += f"; {self.unseen}"
         return words + (f"; outside what was examined: {', '.join(self.outside)}" if self.outside else "")
 
 
 @cache
+def _document() -> Mapping[str, Any]:
+    return json.loads(RECORD.read_text(encoding="utf-8"))
+
+
 def _record() -> Mapping[str, Mapping[str, object]]:
-    return json.loads(RECORD.read_text(encoding="utf-8"))["classes"]
+    return _document()["classes"]
 
 
-def accuracy_of(kind: str, facts: Mapping[str, str | tuple[str, ...]]) -> Accuracy:
+def unseen_of(kind: str) -> Unseen | None:
+    """The error on published figures that no fit saw; None where the record has none of class `kind`."""
+    found = _document().get("unseen", {}).get(kind)
+    return Unseen(**found) if found else None
+
+
+def accuracy_of(kind: str, facts: Mapping[str, str | tuple[str, ...]], *, unseen: str | None = None) -> Accuracy:
     """The accuracy of predictions of class `kind`; `facts` say what the question is about, as in {"chip": "v5e"}.
 
-    A fact that the exam had no case of is named in `outside`.
+    A fact that the exam had no case of is named in `outside`. unseen: the class of the published figures that no fit
+    saw, `kind` where it is not given.
 
     Raises:
       ValueError: there is no such class.
@@ -51,4 +79,6 @@ def accuracy_of(kind: str, facts: Mapping[str, str | tuple[str, ...]]) -> Accura
         values = (value,) if isinstance(value, str) else value
         outside += [f"{name} {one}" for one in values if one not in examined.get(name, ())]
     figures = {name: float(found[name]) for name in ("median", "worst", "low")}  # pyright: ignore[reportArgumentType]
-    return Accuracy(kind=kind, num=int(str(found["num"])), outside=tuple(outside), **figures)
+    return Accuracy(
+        kind=kind, num=int(str(found["num"])), outside=tuple(outside), unseen=unseen_of(unseen or kind), **figures
+    )

@@ -9,6 +9,8 @@ import pytest
 from command_line import Command
 from plan_answers import one_line, sound
 
+from gcompute.plan.accuracy import RECORD
+
 PLAN = ("plan", "serve", "llama3-8b", "--on", "v5e:2x4")
 MISTRAL = {
     "model_type": "mistral",
@@ -224,3 +226,23 @@ def test_proving_needs_the_compiler(gcompute: Command, monkeypatch: pytest.Monke
     error = one_line(gcompute(*PLAN, "--mesh", "tensor=8", "--concurrency", "4", "--prove"))
     assert "pip install gcompute[tpu-aot]" in error
     assert not re.search(r"\s{2}", error)
+
+
+def test_one_verdict_where_memory_is_all_but_full(gcompute: Command):
+    # 173 requests need less than all of an h100's memory and more than what is kept free of it.
+    asked = ("plan", "serve", "llama3-8b", "--on", "h100:1", "--concurrency", "173", "--json")
+    document = sound(gcompute(*asked), status=1)
+    memory = document["memory"]
+    assert memory["total_bytes"] < memory["available_bytes"]
+    assert (memory["fits"], memory["verdict"]) == (False, "does not fit")
+    assert document["most_concurrency"] < 173
+
+
+@pytest.mark.parametrize(("chip", "kind"), [("h100:1", "GPU"), ("v5e:1x1", "TPU")])
+def test_the_error_where_no_fit_looked_is_said(gcompute: Command, chip: str, kind: str):
+    asked = ("plan", "serve", "qwen3-0.6b", "--on", chip, "--concurrency", "8")
+    recorded = json.loads(RECORD.read_text())["unseen"][f"serving, {kind}"]
+    unseen = sound(gcompute(*asked, "--json"))["time_accuracy"]["unseen"]
+    assert unseen == recorded
+    said = f"median {recorded['median']:.0%}, worst {recorded['worst']:.0%} of {recorded['num']} published"
+    assert said in " ".join(gcompute(*asked).out.split())

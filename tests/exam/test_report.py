@@ -11,7 +11,9 @@ from gcompute.exam.compiled import compiled_train
 from gcompute.exam.compiled_serve import compiled_serve
 from gcompute.exam.fit import _errors, _work, fit, left_out_errors
 from gcompute.exam.published import published_runs
-from gcompute.exam.report import MEMORY_LIMITS, STEP_LIMITS, headline_errors, sit
+from gcompute.exam.report import KINDS, MEMORY_LIMITS, STEP_LIMITS, headline_errors, sit
+from gcompute.exam.unseen import SERVING as SERVING_UNSEEN
+from gcompute.exam.unseen import unseen_points
 from gcompute.plan.accuracy import RECORD
 from gcompute.plan.efficiency import BY_KIND
 
@@ -68,6 +70,15 @@ def test_plans_carry_what_the_exam_found(parts, tmp_path):
     again = tmp_path / "accuracy.json"
     write_accuracy(parts.values(), again)
     assert json.loads(again.read_text()) == json.loads(RECORD.read_text())
+
+
+def test_what_no_fit_saw_is_in_no_fit():
+    """No published step that a plan's error is stated by is among those that the efficiencies were fitted to."""
+    points = unseen_points()
+    assert {point.kind for point in points} == {*KINDS.values(), *SERVING_UNSEEN.values()}
+    fitted = {(one.name, round(one.step_s, 2)) for one in published_runs()}
+    assert not fitted & {(point.name, round(point.published, 2)) for point in points}
+    assert all(point.predicted > 0 and point.source.startswith(("https://", "arXiv:")) for point in points)
 
 
 def test_ten_runs_are_shown():
