@@ -415,7 +415,7 @@ def test_a_file_cut_short_while_it_is_in_use_is_an_error_and_no_signal(prose, tm
         os.truncate(directory / name, min(left, (directory / name).stat().st_size - 1))
     reads = (source.batch_at, part.batch_at, windows.batch_at, lambda _: tokens_fingerprint(made))
     for read in reads:
-        with pytest.raises(OSError, match="a token file in .*tokens was cut short while it was in use") as caught:
+        with pytest.raises(OSError, match=r"a token file in .*tokens was cut short while it was in use") as caught:
             read(0)
         assert "\n" not in str(caught.value)
     mended = prepare(DataConfig(data=prose, tokenizer="byte"), directory)
