@@ -1,6 +1,7 @@
 """A checkpoint of which one bit changed, that has another step's name, or that is of another run: each is noticed."""
 
 import dataclasses
+import errno
 import random
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from tiny_run import make_run
 
 from gcompute.config.train import RunConfig
 from gcompute.model.checksums import MANIFEST, verify, write_manifest
-from gcompute.model.pretrained import CHECKPOINTS, load
+from gcompute.model.pretrained import CHECKPOINTS, load, saved_steps
 from gcompute.train.checkpoint import ITEMS, Checkpoints
 from gcompute.train.corpus import TokenizedCorpus
 from gcompute.train.loop import train
@@ -180,3 +181,19 @@ def test_a_run_that_would_go_on_otherwise_is_refused(section: str, change: dict,
         restore(out, programs, other)
     anew = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, steps=9, keep=1, eval_every=2))
     assert int(restore(out, programs, anew)[0].step) == 4
+
+
+def test_a_checkpoint_without_its_checksums_does_not_come_to_be(
+    corpus: TokenizedCorpus, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(directory: Path, items: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    more = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, steps=6))
+    with monkeypatch.context() as patch:
+        patch.setattr("gcompute.train.checkpoint.write_manifest", full)
+        with pytest.raises(OSError, match=r"could not be written \(No space left on device\)\. Checkpoint 4 stands"):
+            train(more, corpus, out=out, resume=True)
+    assert saved_steps(out / CHECKPOINTS) == [2, 4]
+    assert train(more, corpus, out=out, resume=True).step == 6
+    assert sorted(path.name for path in (out / CHECKPOINTS).iterdir()) == ["2", "4", "6"]
