@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,29 @@ def stored_choices(out: Path) -> Choices | None:
     """The choices that run.json tells of, or else the newest checkpoint that does; None with neither."""
     from gcompute.model.pretrained import CHECKPOINTS, saved_steps
 
-    for path in (out / RUN, *(_meta(out, step) for step in reversed(saved_steps(out / CHECKPOINTS)))):
+    steps = reversed(saved_steps(out / CHECKPOINTS))
+    for read in (partial((out / RUN).read_text, encoding="utf-8"), *(partial(_meta, out, step) for step in steps)):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            chosen = json.loads(path.read_text(encoding="utf-8"))[CHOSEN]
+            chosen = json.loads(read())[CHOSEN]
             reasons = {str(name): str(reason) for name, reason in chosen["reasons"].items()}
             if reasons.keys() <= {field.name for field in fields(TrainConfig)}:
                 return Choices(mesh=str(chosen["mesh"]), reasons=reasons)
     return None
 
 
-def _meta(out: Path, step: int) -> Path:
-    """Where a checkpoint keeps what it says of its run."""
+def _meta(out: Path, step: int) -> str:
+    """What a checkpoint says of its run.
+
+    Raises:
+      ValueError: it is damaged.
+      OSError: it cannot be read.
+    """
+    from gcompute.model.checksums import verify
     from gcompute.model.pretrained import CHECKPOINTS, META
 
-    return out / CHECKPOINTS / str(step) / META / "metadata"
+    directory = out / CHECKPOINTS / str(step)
+    verify(directory, (META,))
+    return (directory / META / "metadata").read_text(encoding="utf-8")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -165,9 +175,8 @@ def stored_run(out: Path) -> tuple[RunConfig, str | None] | None:
             reason = f"is damaged ({error})"
     steps = saved_steps(out / CHECKPOINTS)
     for step in reversed(steps):
-        meta = _meta(out, step)
         with suppress(OSError, ValueError):
-            run = run_from_plain(json.loads(meta.read_text(encoding="utf-8")), source=str(meta))
+            run = run_from_plain(json.loads(_meta(out, step)), source=f"checkpoint {step}")
             return run, f"{path} {reason}: the configuration is taken from checkpoint {step}."
     if found or steps:
         raise ValueError(f"{path} {reason}. Copy it back, or start again in another --out.")

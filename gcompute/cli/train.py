@@ -20,18 +20,10 @@ from gcompute.cli.run_directory import RUN, SECTIONS, stored_run
 from gcompute.cli.run_directory import run_from_plain as run_from_plain
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_config
-from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from gcompute.config.train import RESUMABLE, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from gcompute.measure.cache import cache_directory
 
 PATH = click.Path(path_type=Path)
-# What a resumed run may be given anew: nothing of this changes the steps already done, and the same steps follow. Two
-# exceptions that are asked for: other `steps` move the end of the schedule, another `mesh` adds in another order, as do
-# the settings that say how a mesh is used.
-RESUMABLE = {"steps", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps", "mesh"}
-RESUMABLE |= {"final_eval_batches"}
-RESUMABLE |= {"accumulation", "zero", "sequence_parallel", "context_attention", "pipeline_schedule", "pipeline_chunks"}
-# The tokens are compared with those that the run began with, so the text may have moved.
-RESUMABLE |= {"data"}
 
 
 class TrainCommand(SectionedCommand):

@@ -17,6 +17,14 @@ MOST_ZERO = 2
 MOST_SEED = 2**32 - 1
 # Indices of tokens within a batch are int32.
 MOST_TOKENS_PER_STEP = 2**31 - 1
+# What a resumed run may be given anew: nothing of this changes the steps already done, and the same steps follow. Two
+# exceptions that are asked for: other `steps` move the end of the schedule, another `mesh` adds in another order, as do
+# the settings that say how a mesh is used.
+RESUMABLE = {"steps", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps", "mesh"}
+RESUMABLE |= {"final_eval_batches"}
+RESUMABLE |= {"accumulation", "zero", "sequence_parallel", "context_attention", "pipeline_schedule", "pipeline_chunks"}
+# The tokens are compared with those that the run began with, so the text may have moved.
+RESUMABLE |= {"data"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,14 @@
 """Load a trained model for inference: its configuration, parameters and tokenizer.
 
-A run directory holds tokenizer.json and checkpoints/STEP/{params,optimizer,meta}.
+A run directory holds tokenizer.json and checkpoints/STEP/{params,optimizer,meta,checksums.json}.
 """
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -15,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_from_dict
+from gcompute.model.checksums import verify
 from gcompute.model.tokenizer import Tokenizer
 from gcompute.model.transformer import Params, abstract_params
 
@@ -49,6 +51,27 @@ def unreadable(error: Exception) -> str:
     return text[:160] + ("..." if len(text) > 160 else "") or type(error).__name__
 
 
+def check_whole(checkpoint: Path, items: Iterable[str], notice: Callable[[str], None]) -> None:
+    """Compare the files of `items` with their checksums. `notice` says where there are none, as before they were kept.
+
+    Raises:
+      ValueError: a file is damaged.
+      OSError: a file cannot be read.
+    """
+    if not verify(checkpoint, items):
+        notice(f"checkpoint {checkpoint} has no checksums: whether it is as it was saved is not known.")
+
+
+def check_step(meta: Mapping[str, Any], step: int) -> None:
+    """Refuse a checkpoint that has the name of another step than it was saved at.
+
+    Raises:
+      ValueError: it has.
+    """
+    if meta.get("step", step) != step:
+        raise ValueError(f"it is of step {meta['step']}, and was renamed")
+
+
 def locate(path: Path) -> tuple[Path, list[int]]:
     """The run directory that `path` means and the steps to try, newest first.
 
@@ -70,7 +93,10 @@ def locate(path: Path) -> tuple[Path, list[int]]:
 
 
 def load(path: str | Path, *, notice: Callable[[str], None] = lambda text: None) -> Pretrained:
-    """The newest checkpoint at `path` that can be read, on the first device.
+    """The newest checkpoint at `path` that is as it was saved, on the first device.
+
+    `notice` says which checkpoints are damaged, or have no checksums. What is not loaded, the optimizer's state, is not
+    read.
 
     Raises:
       ValueError: nothing there can be read, or the tokenizer is not the one that the model was trained with.
@@ -82,10 +108,13 @@ def load(path: str | Path, *, notice: Callable[[str], None] = lambda text: None)
         raise ValueError(f"{run} has no {TOKENIZER}: copy the one that the model was trained with there.")
     tokenizer = Tokenizer.load(tokenizer_path)
     here = SingleDeviceSharding(jax.local_devices()[0])
+    reason = ""
     for step in steps:
         directory = run / CHECKPOINTS / str(step)
         try:
+            check_whole(directory, (PARAMS, META), notice)
             meta = json.loads((directory / META / "metadata").read_text(encoding="utf-8"))
+            check_step(meta, step)
             config, trained_with = model_from_dict(meta["model"], source=f"checkpoint {directory}"), meta["tokenizer"]
             target = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract_params(config)
@@ -94,7 +123,9 @@ def load(path: str | Path, *, notice: Callable[[str], None] = lambda text: None)
                 params = checkpointer.restore(directory / PARAMS, target)
         # Orbax and TensorStore raise many kinds for a damaged file: each means that this checkpoint is unusable.
         except Exception as error:
-            notice(f"checkpoint {directory} cannot be read ({unreadable(error)}); trying the one before it.")
+            reason = unreadable(error)
+            if step != steps[-1]:
+                notice(f"checkpoint {directory} cannot be read ({reason}); trying the one before it.")
             continue
         if trained_with != tokenizer.fingerprint:
             raise ValueError(
@@ -102,4 +133,5 @@ def load(path: str | Path, *, notice: Callable[[str], None] = lambda text: None)
                 f" {tokenizer.vocab_size}, the model's {config.vocab}). Put the original file back."
             )
         return Pretrained(name=run.name, config=config, params=params, tokenizer=tokenizer, step=step)
-    raise ValueError(f"no checkpoint in {run} can be read.")
+    which = f"checkpoint {steps[0]} in {run} cannot" if len(steps) == 1 else f"none of the checkpoints in {run} can"
+    raise ValueError(f"{which} be read ({reason}). Restore it from a copy, or give another checkpoint.")

@@ -2,10 +2,12 @@
 
 A checkpoint of step s, in DIRECTORY/s, holds the parameters, the optimizer's state and, as JSON, the configuration and
 the data position (which is s itself: the batches are a function of seed and step). A directory appears under its final
-name only when it is whole; what a crash left half-written is swept away on the next start.
+name only when it is whole, with the checksums of its files; what a crash left half-written is swept away on the next
+start. A checkpoint is read only where every file still has its checksum.
 """
 
 import itertools
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -16,11 +18,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from gcompute.model.pretrained import META, OPTIMIZER, PARAMS, saved_steps, unreadable
+from gcompute.config.train import RESUMABLE
+from gcompute.model.checksums import write_manifest
+from gcompute.model.pretrained import META, OPTIMIZER, PARAMS, check_step, check_whole, saved_steps, unreadable
 from gcompute.train.step import TrainState
+
+ITEMS = (PARAMS, OPTIMIZER, META)
 
 
 def check_path(directory: Path) -> None:
@@ -50,10 +57,17 @@ class Checkpoints:
         # Orbax logs every save at WARNING where absl is not initialised, and errors with their tracebacks; they arrive
         # as exceptions too.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=create,
+            cleanup_tmp_directories=True,
+            # Called when all files of all items are there and the directory has not yet its name.
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
+        )
         self.directory = directory.absolute()
+        self._saving: int | None = None
         try:
-            self._manager = ocp.CheckpointManager(self.directory, item_names=(PARAMS, OPTIMIZER, META), options=options)
+            self._manager = ocp.CheckpointManager(self.directory, item_names=ITEMS, options=options)
         except OSError as error:
             raise ValueError(f"checkpoint directory {directory} cannot be used: {error.strerror or error}.") from None
         self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -85,16 +99,29 @@ class Checkpoints:
         # On CPU Orbax would write from the very buffers that the next step is about to reuse.
         copied = self._copy((state.params, state.optimizer))
         with self._told():
+            self._manager.wait_until_finished()
+            self._saving = int(state.step)
             self._manager.save(
-                int(state.step),
+                self._saving,
                 args=ocp.args.Composite(
                     **{
                         PARAMS: ocp.args.StandardSave(copied[0]),
                         OPTIMIZER: ocp.args.StandardSave(copied[1]),
-                        META: ocp.args.JsonSave({**meta, "step": int(state.step)}),
+                        META: ocp.args.JsonSave({**meta, "step": self._saving}),
                     }
                 ),
             )
+
+    def _add_checksums(self) -> None:
+        """Add the checksums to the checkpoint being saved. Called in the thread that saves, once every file is there.
+
+        Raises:
+          OSError: they could not be computed or written: the checkpoint does not come to be.
+        """
+        if jax.process_index() == 0:
+            for path in self.directory.iterdir():
+                if path.name == str(self._saving) or path.name.startswith(f"{self._saving}.orbax-checkpoint-tmp"):
+                    write_manifest(path, ITEMS)
 
     def wait(self) -> None:
         """Block until the save under way is on disk.
@@ -126,16 +153,18 @@ class Checkpoints:
 
         A damaged checkpoint is reported through `notice`, and the one before it is tried. Where that can be read, the
         damaged ones are set aside as STEP.damaged, so that the run can save those steps again. `run` is the meta of the
-        run that goes on: its model and optimizer must be those of the checkpoint, whatever its mesh.
+        run that goes on: it must be that of the checkpoint, but for what may be given anew (`RESUMABLE`).
 
         Raises:
-          ValueError: there are checkpoints and none can be read, or the newest that can is of another model.
+          ValueError: there are checkpoints and none can be read, or the newest that can is of another run.
         """
         found = list(reversed(self.steps()))
         reason = ""
         for step in found:
             try:
+                self._check_whole(step, notice)
                 saved = self._manager.restore(step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
+                check_step(saved, step)
                 if run is not None:
                     self._check_same(step, saved, run)
                 restored = self._manager.restore(
@@ -164,16 +193,33 @@ class Checkpoints:
             )
         return None
 
+    def _check_whole(self, step: int, notice: Callable[[str], None]) -> None:
+        """Raise ValueError in every process of the job where the first finds a file damaged: it reads for all."""
+        reason = ""
+        if jax.process_index() == 0:
+            try:
+                check_whole(self.directory / str(step), ITEMS, notice)
+            except (ValueError, OSError) as error:
+                reason = str(error)
+        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.asarray(bool(reason))):
+            reason = reason or "the first process says why"
+        if reason:
+            raise ValueError(reason)
+
     def _check_same(self, step: int, saved: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-        there = {**saved["model"], "optimizer": saved["optimizer"]["optimizer"]}
-        here = {**run["model"], "optimizer": run["optimizer"]["optimizer"]}
-        # A field that one of them lacks is of another version of this program, where it had one meaning only.
-        differ = [name for name in here if name in there and here[name] != there[name]]
-        if differ:
-            what = ", ".join(f"{name} is {there[name]!r} there and {here[name]!r} here" for name in differ)
-            raise OtherRun(
-                f"checkpoint {step} in {self.directory} is of another model or optimizer: {what}. Use another --out."
+        for what, sections in (("model or optimizer", ("model", "optimizer")), ("run", ("train", "data"))):
+            there, here = (
+                {name: value for section in sections for name, value in kept.get(section, {}).items()}
+                for kept in (saved, json.loads(json.dumps(run)))
             )
+            # A field that one of them lacks is of another version of this program, where it had one meaning only.
+            differ = [name for name in here if name in there and name not in RESUMABLE and here[name] != there[name]]
+            if differ:
+                fields = ", ".join(f"{name} is {there[name]!r} there and {here[name]!r} here" for name in differ)
+                raise OtherRun(
+                    f"checkpoint {step} in {self.directory} is of another {what}: {fields}. Use another --out, or undo"
+                    " the change of its run.json."
+                )
 
     def _set_aside(self, damaged: list[int]) -> None:
         if not damaged:

@@ -13,6 +13,8 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 from jaxtyping import Float32, Int32, Integer, UInt64
 
+from gcompute.train.mapped import check_mapped
+
 FEISTEL_ROUNDS = 8
 MASK_64 = (1 << 64) - 1
 # The last evaluation takes about this share of the training's work; a forward pass is a third of a step.
@@ -61,6 +63,7 @@ class BatchSource:
 
         Raises:
           ValueError: step is negative, or the rows are not within the batch.
+          OSError: the file that `tokens` is mapped from was cut short.
         """
         if step < 0 or not 0 <= start <= stop <= self.batch:
             raise ValueError(f"no rows {start} to {stop} of step {step}: steps begin at 0, rows end at {self.batch}.")
@@ -71,6 +74,7 @@ class BatchSource:
             starts[here] = self._offset(int(epoch)) + self.seq * permuted(
                 indices[here], self.num_windows, self.seed, int(epoch)
             )
+        check_mapped(self.tokens)
         windows = self.tokens[starts[:, None] + np.arange(self.seq + 1)].astype(np.int32)
         return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
 
@@ -193,10 +197,12 @@ class ValidationWindows:
 
         Raises:
           ValueError: there is no such batch.
+          OSError: the file that `tokens` is mapped from was cut short.
         """
         if not 0 <= index < len(self):
             raise ValueError(f"no validation batch {index}: they are numbered 0 to {len(self) - 1}.")
         size = self.batch * self.seq
+        check_mapped(self.tokens)
         read = self.tokens[index * size : (index + 1) * size + 1].astype(np.int32)
         num_targets = len(read) - 1
         inputs, targets, weights = np.zeros(size, np.int32), np.zeros(size, np.int32), np.zeros(size, np.float32)

@@ -6,16 +6,22 @@ import numpy as np
 from jaxtyping import Integer
 
 from gcompute.train.corpus import TokenizedCorpus
+from gcompute.train.mapped import check_mapped
 
 BLOCK_TOKENS = 1 << 12
 MOST_BLOCKS = 1 << 10
 
 
 def tokens_fingerprint(corpus: TokenizedCorpus) -> str:
-    """SHA-256 of both splits: their lengths, and all of up to 4M tokens, or blocks spread evenly over more."""
+    """SHA-256 of both splits: their lengths, and all of up to 4M tokens, or blocks spread evenly over more.
+
+    Raises:
+      OSError: the file that a split is mapped from was cut short.
+    """
     digest = hashlib.sha256()
     for split in (corpus.train, corpus.val):
         digest.update(f"{len(split)} ".encode())
+        check_mapped(split)
         for start in _starts(len(split)):
             digest.update(_plain(split[start : start + BLOCK_TOKENS]))
     return digest.hexdigest()

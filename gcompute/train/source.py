@@ -15,8 +15,6 @@ import numpy as np
 
 from gcompute.config.fields import nearest
 
-EDGE_BYTES = 1 << 16
-
 LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 Progress = Callable[[str, int, int], None]  # what is being done, files or bytes done, files or bytes in all
@@ -24,12 +22,20 @@ Progress = Callable[[str, int, int], None]  # what is being done, files or bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """The files that a corpus is read from, and a fingerprint that changes when they do."""
+    """The files that a corpus is read from. kind: what besides the files decides their text."""
 
     name: str
     paths: dict[str, Path]  # by name: the path relative to the root, with slashes
     read: Callable[[Path], str | None]  # None: not text
-    fingerprint: str
+    kind: tuple[str | int, ...]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the kind and of every file's content, which is read whole: size and time of a file do not tell.
+
+        Raises:
+          OSError: a file cannot be read.
+        """
+        return digest(*self.kind, [(name, content_sha256(path)) for name, path in self.paths.items()])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,19 +75,16 @@ def find_source(data: str) -> Source:
     try:
         if path.is_dir():
             paths = _walk(path)
-            stats = {name: file.stat() for name, file in paths.items()}
-            listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
             if not paths:
                 raise ValueError(f"data directory {data!r} holds no files. Give one with text files, or stdlib.")
-            return Source(name=data, paths=paths, read=_utf8_or_none, fingerprint=digest("directory", listing))
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+            return Source(name=data, paths=paths, read=_utf8_or_none, kind=("directory",))
+        path.open("rb").close()
     except OSError as error:
         raise ValueError(
             f"data {data!r} cannot be read: {error.strerror}. Give stdlib, a text file or a directory of text files. "
             + nearest(data, ("stdlib",))
         ) from None
-    return Source(name=data, paths={path.name: path}, read=_utf8, fingerprint=digest("file", content))
+    return Source(name=data, paths={path.name: path}, read=_utf8, kind=("file",))
 
 
 def stdlib_source(root: Path) -> Source:
@@ -93,8 +96,7 @@ def stdlib_source(root: Path) -> Source:
     paths = {name: path for name, path in _walk(root).items() if name.endswith(".py")}
     if not paths:
         raise ValueError(f"this Python has no source text in {str(root)!r}. Give a text file or a directory instead.")
-    sizes = [(name, path.stat().st_size) for name, path in paths.items()]
-    return Source(name="stdlib", paths=paths, read=_python, fingerprint=digest("stdlib", sys.version, sizes))
+    return Source(name="stdlib", paths=paths, read=_python, kind=("stdlib", sys.version))
 
 
 def limited(source: Source, text_mb: float | None) -> Source:
@@ -106,14 +108,14 @@ def limited(source: Source, text_mb: float | None) -> Source:
     if text_mb is None:
         return source
     left = int(text_mb * 1e6)
-    fingerprint = digest("limited", source.fingerprint, left)
+    kind = ("limited", left, *source.kind)
     if len(source.paths) == 1:
 
         def beginning(path: Path) -> str | None:
             text = source.read(path)
             return None if text is None else text.encode()[:left].decode(errors="ignore")
 
-        return replace(source, read=beginning, fingerprint=fingerprint)
+        return replace(source, read=beginning, kind=kind)
     taken = []
     # Another order than that of the split, which would take the files that validate first.
     for name in sorted(source.paths, key=lambda name: _share(f"{name} limited")):
@@ -121,7 +123,7 @@ def limited(source: Source, text_mb: float | None) -> Source:
         left -= source.paths[name].stat().st_size
         if left <= 0:
             break
-    return replace(source, paths={name: source.paths[name] for name in sorted(taken)}, fingerprint=fingerprint)
+    return replace(source, paths={name: source.paths[name] for name in sorted(taken)}, kind=kind)
 
 
 def split_documents(source: Source, val_fraction: float, progress: Progress) -> Documents:
@@ -186,11 +188,10 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def edges(tokens: np.ndarray) -> str:
-    """SHA-256 of the first and last 64 KiB of mapped tokens: enough to tell others, at no cost for large files."""
-    content = tokens.view(np.uint8)
-    ends = content[:EDGE_BYTES].tobytes() + content[max(0, content.size - EDGE_BYTES) :].tobytes()
-    return hashlib.sha256(ends).hexdigest()
+def content_sha256(path: Path) -> str:
+    """SHA-256 of a file, about 0.6 s per GB where the processor has instructions for it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _python(path: Path) -> str | None:

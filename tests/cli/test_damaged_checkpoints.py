@@ -1,6 +1,7 @@
 """A checkpoint that was cut short or lost files: the one before it is used, and that is said."""
 
 import gc
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,3 +115,52 @@ def test_a_tokenizer_that_is_damaged_or_gone(gcompute: Command, run_copy: Path):
     assert "tokenizer.json" in gcompute("generate", "--no-fast", run_copy, "the ").error
     (run_copy / "tokenizer.json").unlink()
     assert "has no tokenizer.json" in gcompute("generate", "--no-fast", run_copy, "the ").error
+
+
+def largest_of(folder: Path) -> Path:
+    return max(files(folder), key=lambda path: path.stat().st_size)
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_said_and_costs_the_steps_since_the_checkpoint_before(gcompute: Command, run_copy: Path):
+    whole = read_metrics(run_copy / "metrics.jsonl")
+    flip_bit(largest_of(run_copy / "checkpoints" / "6" / "params"))
+    one = gcompute("generate", "--no-fast", run_copy / "checkpoints" / "6", "the ")
+    assert "checkpoint 6 in" in one.error
+    assert "is damaged" in one.error
+    ended = gcompute("train", "--no-fast", "--out", run_copy, "--resume")
+    assert ended.status == 0, ended.err
+    assert "resumed at step 4" in ended.err
+    again = read_metrics(run_copy / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in again] == [(row["step"], row["loss"]) for row in whole]
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"), [("train", "seed", 3), ("optimizer", "learning_rate", 0.5)], ids=["seed", "rate"]
+)
+def test_a_run_json_that_was_edited(section: str, name: str, value: float, gcompute: Command, run_copy: Path):
+    path = run_copy / "run.json"
+    kept = json.loads(path.read_text())
+    kept[section][name] = value
+    path.write_text(json.dumps(kept))
+    ended = gcompute("train", "--no-fast", "--out", run_copy, "--resume", "--steps", "8")
+    assert f"{name} is " in ended.error
+    assert f"{value} here" in ended.error
+    assert sorted(path.name for path in (run_copy / "checkpoints").iterdir()) == ["2", "4", "6"]
+
+
+def test_the_configuration_is_not_taken_from_a_damaged_checkpoint(gcompute: Command, run_copy: Path):
+    (run_copy / "run.json").unlink()
+    meta = run_copy / "checkpoints" / "6" / "meta" / "metadata"
+    text = meta.read_text()
+    meta.write_text(text.replace('"seed": 0', '"seed": 8'))
+    assert meta.read_text() != text
+    ended = gcompute("train", "--no-fast", "--out", run_copy, "--resume")
+    assert ended.status == 0, ended.err
+    assert "the configuration is taken from checkpoint 4" in ended.err
+    assert json.loads((run_copy / "run.json").read_text())["train"]["seed"] == 0

@@ -14,6 +14,8 @@ from gcompute.config.train import DataConfig
 from gcompute.model.tokenizer import Tokenizer
 from gcompute.train import corpus
 from gcompute.train.corpus import pieces, prepare
+from gcompute.train.data import BatchSource, ValidationWindows
+from gcompute.train.identity import tokens_fingerprint
 from gcompute.train.source import find_source, limited, split_documents, stdlib_source
 
 PROSE = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n" * 30
@@ -337,6 +339,97 @@ def test_damage_is_noticed_and_mended(prose, tmp_path, name, damage):
     assert prepare(config(prose), directory).reused
 
 
+def test_a_token_changed_anywhere_is_noticed(tmp_path):
+    text = write(tmp_path, {"long.txt": PROSE * 70}) + "/long.txt"
+    directory = tmp_path / "tokens"
+    byte = DataConfig(data=text, tokenizer="byte")
+    prepare(byte, directory)
+    whole = state(directory)
+    draw = np.random.default_rng(0)
+    for name in ("train.bin", "val.bin"):
+        size = len(whole[name])
+        assert name == "val.bin" or size > 3 << 16
+        for place in (0, size // 2, size - 1, *draw.integers(0, size, 3)):
+            content = bytearray(whole[name])
+            content[place] ^= 1 << int(draw.integers(8))
+            (directory / name).write_bytes(content)
+            assert not prepare(byte, directory).reused, (name, place)
+            assert state(directory) == whole
+
+
+def test_other_text_of_equal_size_and_time_is_noticed(tmp_path):
+    def change(path):
+        before = path.stat()
+        path.write_text(path.read_text().replace("x", "y"))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+    folder = Path(write(tmp_path / "data", {"a.txt": "x = 1 " * 99, "b.txt": PROSE, "c.txt": PROSE}))
+    library = small_stdlib(tmp_path / "library")
+    write(library, {"module_1.py": "x = 1\n"})
+    for data, source, path in (
+        (str(folder / "a.txt"), find_source(str(folder / "a.txt")), folder / "a.txt"),
+        (str(folder), find_source(str(folder)), folder / "a.txt"),
+        ("stdlib", stdlib_source(library), library / "module_1.py"),
+    ):
+        config, directory = DataConfig(data=data, tokenizer="byte"), tmp_path / "tokens"
+        path.write_text(path.read_text().replace("y", "x"))
+        prepare(config, directory, source=source)
+        assert prepare(config, directory, source=source).reused
+        change(path)
+        made = prepare(config, directory, source=source)
+        assert not made.reused
+        text = made.tokenizer.decode(made.train.tolist()) + made.tokenizer.decode(made.val.tolist())
+        assert "y = 1" in text
+
+
+def test_only_the_files_taken_of_a_folder_count(tmp_path):
+    for index in range(20):
+        (tmp_path / f"{index}.txt").write_text(f"file {index} " * 50)
+    source = find_source(str(tmp_path))
+    part = limited(source, 0.002)
+    fingerprint = part.fingerprint()
+    (next(path for name, path in source.paths.items() if name not in part.paths)).write_text("other text")
+    assert part.fingerprint() == fingerprint
+    next(iter(part.paths.values())).write_text("other text")
+    assert part.fingerprint() != fingerprint
+
+
+def test_a_text_that_cannot_be_read_is_one_line(tmp_path):
+    source = find_source(write(tmp_path, {"a.txt": PROSE, "b.txt": PROSE}))
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(ValueError, match=r"b\.txt' cannot be read or written: No such file") as caught:
+        prepare(DataConfig(data=str(tmp_path), tokenizer="byte"), tmp_path / "tokens", source=source)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("left", [0, 100, 6000])
+def test_a_file_cut_short_while_it_is_in_use_is_an_error_and_no_signal(prose, tmp_path, left):
+    directory = tmp_path / "tokens"
+    made = prepare(DataConfig(data=prose, tokenizer="byte"), directory)
+    source = BatchSource(tokens=made.train, seq=8, batch=4, seed=0)
+    part = BatchSource(tokens=made.train[100:], seq=8, batch=4, seed=0)
+    windows = ValidationWindows(tokens=made.val, seq=8, batch=4)
+    source.batch_at(0), windows.batch_at(0)
+    for name in ("train.bin", "val.bin"):
+        os.truncate(directory / name, min(left, (directory / name).stat().st_size - 1))
+    reads = (source.batch_at, part.batch_at, windows.batch_at, lambda _: tokens_fingerprint(made))
+    for read in reads:
+        with pytest.raises(OSError, match=r"a token file in .*tokens was cut short while it was in use") as caught:
+            read(0)
+        assert "\n" not in str(caught.value)
+    mended = prepare(DataConfig(data=prose, tokenizer="byte"), directory)
+    assert (len(mended.train), len(mended.val)) == (len(made.train), len(made.val))
+
+
+def test_a_file_replaced_while_it_is_in_use_changes_nothing(prose, tmp_path):
+    made = prepare(DataConfig(data=prose, tokenizer="byte"), tmp_path / "tokens")
+    before = made.train.tolist()
+    prepare(DataConfig(data=prose, tokenizer="bpe:300"), tmp_path / "tokens")
+    BatchSource(tokens=made.train, seq=8, batch=4, seed=0).batch_at(0)
+    assert made.train.tolist() == before
+
+
 KILL = """
 import os, sys
 from pathlib import Path
@@ -446,7 +539,7 @@ def test_some_megabytes_of_a_folder_are_whole_files_of_both_splits(tmp_path):
     assert 0.02e6 <= size < 0.0215e6
     assert limited(source, 0.02) == part
     assert set(limited(source, 0.01).paths) < set(part.paths) < set(source.paths)
-    assert part.fingerprint not in (source.fingerprint, limited(source, 0.01).fingerprint)
+    assert part.fingerprint() not in (source.fingerprint(), limited(source, 0.01).fingerprint())
     documents = split_documents(part, 0.1, lambda *_: None)
     assert 0 < len(documents.val) < len(documents.train)
     assert len(limited(source, 1e-6).paths) == 1
