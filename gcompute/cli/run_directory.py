@@ -46,7 +46,7 @@ def stored_choices(out: Path) -> Choices | None:
 
     for path in (out / RUN, *(_meta(out, step) for step in reversed(saved_steps(out / CHECKPOINTS)))):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            chosen = json.loads(path.read_text(encoding="utf-8"))[CHOSEN]
+            chosen = json.loads(path.read_text(encoding="utf-8-sig"))[CHOSEN]
             reasons = {str(name): str(reason) for name, reason in chosen["reasons"].items()}
             if reasons.keys() <= {field.name for field in fields(TrainConfig)}:
                 return Choices(mesh=str(chosen["mesh"]), reasons=reasons)
@@ -160,14 +160,14 @@ def stored_run(out: Path) -> tuple[RunConfig, str | None] | None:
     reason = "is missing"
     if found:
         try:
-            return run_from_plain(json.loads(path.read_text(encoding="utf-8")), source=str(path)), None
+            return run_from_plain(json.loads(path.read_text(encoding="utf-8-sig")), source=str(path)), None
         except (OSError, ValueError) as error:
             reason = f"is damaged ({error})"
     steps = saved_steps(out / CHECKPOINTS)
     for step in reversed(steps):
         meta = _meta(out, step)
         with suppress(OSError, ValueError):
-            run = run_from_plain(json.loads(meta.read_text(encoding="utf-8")), source=str(meta))
+            run = run_from_plain(json.loads(meta.read_text(encoding="utf-8-sig")), source=str(meta))
             return run, f"{path} {reason}: the configuration is taken from checkpoint {step}."
     if found or steps:
         raise ValueError(f"{path} {reason}. Copy it back, or start again in another --out.")
