@@ -55,7 +55,7 @@ def prepare(
       ValueError: the data is missing, empty, binary or too short, the tokenizer spec is wrong, or `directory` cannot
         be written.
     """
-    source = limited(source or find_source(data.data), data.text_mb)
+    source = limited(source or find_source(data.data, data.text_mb), data.text_mb)
     progress = progress or (lambda stage, done, total: None)
     made_from = {
         "format": FORMAT,

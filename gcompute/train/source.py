@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import stat
 import sys
 import sysconfig
@@ -16,7 +15,7 @@ import numpy as np
 
 from gcompute.config.fields import nearest
 from gcompute.train.folder import Skipped, by_reason, walk
-from gcompute.train.text_file import NotText, Pieces, is_jsonl, read_python, read_text, utf8_bytes
+from gcompute.train.text_file import CHUNK_BYTES, NotText, Pieces, is_jsonl, read_python, read_text, utf8_bytes
 
 EDGE_BYTES = 1 << 16
 
@@ -76,11 +75,11 @@ class Documents:
         return f"{len(self.skipped)} of {self.num_files} files left out: {by_reason(self.skipped)}"
 
 
-def find_source(data: str) -> Source:
+def find_source(data: str, text_mb: float | None = None) -> Source:
     """The files that `data` names: stdlib, a text file, a pipe, or a directory, with the folders that it links to.
 
-    What is hidden or installed in a directory is no part of it. A pipe is read to its end and kept in a temporary file
-    for as long as the source is.
+    What is hidden or installed in a directory is no part of it. A pipe is read once, to its end or as far as `limited`
+    to `text_mb` needs, and kept in a temporary file for as long as the source is.
 
     Raises:
       ValueError: there is no such file or directory, nothing in it, or it is a device.
@@ -93,7 +92,7 @@ def find_source(data: str) -> Source:
         if stat.S_ISDIR(mode):
             return _directory_source(data)
         if stat.S_ISFIFO(mode):
-            return _pipe_source(path)
+            return _pipe_source(path, text_mb)
         if not stat.S_ISREG(mode):
             raise ValueError(
                 f"data {data!r} is a device or a socket, which may never end. Give a text file, a pipe or a directory."
@@ -203,11 +202,15 @@ def _directory_source(data: str) -> Source:
     return Source(name=data, paths=paths, read=read_text, fingerprint=fingerprint, skipped=skipped)
 
 
-def _pipe_source(path: Path) -> Source:
+def _pipe_source(path: Path, text_mb: float | None) -> Source:
     kept = tempfile.NamedTemporaryFile(prefix="gcompute-pipe-")  # noqa: SIM115  it goes with the last reader of it
     try:
         with path.open("rb") as pipe:
-            shutil.copyfileobj(pipe, kept, 1 << 20)
+            # Text is no shorter than what it is compressed to; a record of JSONL is longer than its text.
+            left = sys.maxsize if text_mb is None or is_jsonl(path.name) else int(text_mb * 1e6) + CHUNK_BYTES
+            while left > 0 and (chunk := pipe.read(min(left, CHUNK_BYTES))):
+                kept.write(chunk)
+                left -= len(chunk)
         kept.flush()
     except OSError as error:
         kept.close()
@@ -216,12 +219,12 @@ def _pipe_source(path: Path) -> Source:
             " directory with more space, or save the text in a file and give that."
         ) from None
 
-    def read(path: Path, kept: object = kept) -> Pieces:
-        return read_text(path)
+    def read(where: Path, kept: object = kept) -> Pieces:
+        return read_text(where, name=str(path))
 
-    where = Path(kept.name)
-    fingerprint = _file_fingerprint(where, path.name)
-    return Source(name=str(path), paths={path.name: where}, read=read, fingerprint=fingerprint, is_file=True)
+    paths = {path.name: Path(kept.name)}
+    fingerprint = _file_fingerprint(Path(kept.name), path.name)
+    return Source(name=str(path), paths=paths, read=read, fingerprint=fingerprint, is_file=True)
 
 
 def _file_fingerprint(path: Path, name: str) -> str:

@@ -37,18 +37,19 @@ class NotText(ValueError):
         self.reason = reason
 
 
-def read_text(path: Path) -> Pieces:
+def read_text(path: Path, *, name: str | None = None) -> Pieces:
     """UTF-8 text without its byte order mark, from a file that may be compressed (gzip, bzip2, xz, Zstandard).
 
-    What a compressed file is, its first bytes say; JSONL (.jsonl, .ndjson), its name. Of JSONL, each record's "text" is
-    a document and ends with None; empty ones are left out.
+    The first bytes say how a file is compressed; its name says whether it is JSONL (.jsonl, .ndjson). Of JSONL, each
+    record's "text" is a document and ends with None; empty ones are left out. `name` is what the user calls the file.
 
     Raises:
       NotText: the file is binary, in another encoding, damaged, or a record has no "text".
       OSError: it cannot be read.
     """
-    texts = _decoded(_chunks(path), path)
-    return _records(texts, path) if is_jsonl(path.name) else texts
+    name = name or str(path)
+    texts = _decoded(_chunks(path, name), name)
+    return _records(texts, name) if is_jsonl(name) else texts
 
 
 def read_python(path: Path) -> Pieces:
@@ -80,30 +81,30 @@ def utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def _chunks(path: Path, name: str) -> Iterator[bytes]:
     """The bytes of a file, decompressed."""
     with path.open("rb") as file:
-        name, unpack = _compression(file.peek(10)[:10])
+        compression, unpack = _compression(file.peek(10)[:10])
         try:
             content = unpack(file)
         except ImportError:
             raise NotText(
-                f"data file {str(path)!r} is {name} data, which this Python cannot read. Install the package zstandard,"
-                " or decompress the file.",
-                f"{name} (the package zstandard is not installed)",
+                f"data file {name!r} is {compression} data, which this Python cannot read. Install the package"
+                " zstandard, or decompress the file.",
+                f"{compression} (the package zstandard is not installed)",
             ) from None
-        while chunk := _read(content, name, path):
+        while chunk := _read(content, compression, name):
             yield chunk
 
 
-def _read(content: Any, compression: str, path: Path) -> bytes:
+def _read(content: Any, compression: str, name: str) -> bytes:
     try:
         return content.read(CHUNK_BYTES)
     except Exception as error:  # each library raises kinds of its own
         if not compression or (isinstance(error, OSError) and error.errno is not None):
             raise  # of the disk, not of what was read from it
         raise NotText(
-            f"data file {str(path)!r} is damaged {compression} data: {error}. Give a whole file.",
+            f"data file {name!r} is damaged {compression} data: {error}. Give a whole file.",
             f"damaged {compression}",
         ) from None
 
@@ -127,14 +128,14 @@ def _zstandard(file: BinaryIO) -> Any:
     return importlib.import_module("zstandard").ZstdDecompressor().stream_reader(file, read_across_frames=True)
 
 
-def _decoded(chunks: Iterator[bytes], path: Path) -> Iterator[str]:
+def _decoded(chunks: Iterator[bytes], name: str) -> Iterator[str]:
     """UTF-8 text of `chunks`, without a byte order mark at its start."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, first = 0, True
 
     def refuse(bad: int, byte: int, reason: str) -> NotText:
         return NotText(
-            f"data file {str(path)!r} is not UTF-8 text: byte 0x{byte:02X} at offset {bad}. "
+            f"data file {name!r} is not UTF-8 text: byte 0x{byte:02X} at offset {bad}. "
             "Convert it to UTF-8, or give another file.",
             reason,
         )
@@ -166,9 +167,9 @@ def _with_last(chunks: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
     yield b"", True
 
 
-def _records(texts: Iterator[str], path: Path) -> Pieces:
+def _records(texts: Iterator[str], name: str) -> Pieces:
     """The "text" of every line of JSONL, with None after each."""
-    for number, line in enumerate(_lines(texts, path), 1):
+    for number, line in enumerate(_lines(texts, name), 1):
         if not line.strip():
             continue
         try:
@@ -178,7 +179,7 @@ def _records(texts: Iterator[str], path: Path) -> Pieces:
         text = record.get(TEXT_FIELD) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise NotText(
-                f'data file {str(path)!r}, line {number}, is no JSON object with text in its field "{TEXT_FIELD}".'
+                f'data file {name!r}, line {number}, is no JSON object with text in its field "{TEXT_FIELD}".'
                 " Write the text there, or rename the file to .txt to read it as it stands.",
                 f'JSONL without "{TEXT_FIELD}"',
             )
@@ -188,7 +189,7 @@ def _records(texts: Iterator[str], path: Path) -> Pieces:
             yield None
 
 
-def _lines(texts: Iterator[str], path: Path) -> Iterator[str]:
+def _lines(texts: Iterator[str], name: str) -> Iterator[str]:
     rest = io.StringIO()
     for text in texts:
         *lines, last = text.split("\n")
@@ -199,7 +200,7 @@ def _lines(texts: Iterator[str], path: Path) -> Iterator[str]:
         rest.write(last)
         if rest.tell() > LONGEST_RECORD_CHARACTERS:
             raise NotText(
-                f"data file {str(path)!r} has a line of more than {LONGEST_RECORD_CHARACTERS:,} characters, too long"
+                f"data file {name!r} has a line of more than {LONGEST_RECORD_CHARACTERS:,} characters, too long"
                 " for a record of JSONL. Split it, or rename the file to .txt to read it as it stands.",
                 "JSONL with too long a line",
             )
