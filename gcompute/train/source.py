@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import stat
 import sys
 import sysconfig
@@ -93,7 +94,7 @@ def find_source(data: str, text_mb: float | None = None) -> Source:
             return _directory_source(data)
         if stat.S_ISFIFO(mode):
             return _pipe_source(path, text_mb)
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(mode) and data != os.devnull:
             raise ValueError(
                 f"data {data!r} is a device or a socket, which may never end. Give a text file, a pipe or a directory."
             )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 CHUNK_BYTES = 1 << 20
+ZSTANDARD_BYTES = 1 << 10  # a block takes 4 bytes or more and unpacks to 128 KiB at most: so 32 MiB
 LONGEST_RECORD_CHARACTERS = 1 << 26
 JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 COMPRESSED_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
@@ -124,8 +125,34 @@ def _compression(start: bytes) -> tuple[str, Callable[[Any], Any]]:
 
 def _zstandard(file: BinaryIO) -> Any:
     with suppress(ImportError):
-        return importlib.import_module("compression.zstd").ZstdFile(file)
-    return importlib.import_module("zstandard").ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        return importlib.import_module("compression.zstd").ZstdFile(file)  # Python 3.14
+    return _ZstandardFile(file, importlib.import_module("zstandard").ZstdDecompressor().decompressobj)
+
+
+class _ZstandardFile:
+    """Reads with the package zstandard, whose own reader takes a file that is cut short for a whole one."""
+
+    def __init__(self, file: BinaryIO, new_frame: Callable[[], Any]) -> None:
+        self._file = file
+        self._new_frame = new_frame
+        self._frame: Any = None
+
+    def read(self, size: int) -> bytes:
+        """What the next `ZSTANDARD_BYTES` of the file, at most `size`, unpack to; nothing at its end."""
+        content = b""
+        while not content:
+            packed = self._file.read(min(size, ZSTANDARD_BYTES))
+            if not packed and self._frame:
+                raise EOFError("it ends within a frame")
+            if not packed:
+                break
+            while packed:
+                self._frame = self._frame or self._new_frame()
+                content += self._frame.decompress(packed)
+                packed = self._frame.unused_data
+                if self._frame.eof:
+                    self._frame = None
+        return content
 
 
 def _decoded(chunks: Iterator[bytes], name: str) -> Iterator[str]:

@@ -268,10 +268,9 @@ def test_a_bad_pipe_is_named_and_not_its_copy(tmp_path):
         split(tmp_path / "pipe")
 
 
-@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null"])
-def test_a_device_is_refused(device):
-    with pytest.raises(ValueError, match=f"data '{device}' is a device or a socket, which may never end. Give a text"):
-        find_source(device)
+def test_a_device_is_refused():
+    with pytest.raises(ValueError, match="data '/dev/zero' is a device or a socket, which may never end. Give a text"):
+        find_source("/dev/zero")
 
 
 def test_a_large_file_is_never_whole_in_memory(tmp_path):

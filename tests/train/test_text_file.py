@@ -63,6 +63,17 @@ def test_zstandard_needs_a_package_or_a_newer_python(tmp_path):
         list(read_text(path))
 
 
+@pytest.mark.parametrize("chunk_bytes", [7, 1 << 20])
+def test_the_package_zstandard_reads_frames_and_notices_their_end(tmp_path, monkeypatch, chunk_bytes):
+    zstandard = pytest.importorskip("zstandard")
+    monkeypatch.setattr(text_file, "CHUNK_BYTES", chunk_bytes)
+    packed = zstandard.ZstdCompressor().compress(TEXT.encode())
+    assert "".join(read_text(written(tmp_path, packed * 2))) == TEXT * 2
+    for size in (20, len(packed) - 1, len(packed) + 10):
+        with pytest.raises(NotText, match=r"damaged Zstandard data"):
+            list(read_text(written(tmp_path, (packed * 2)[:size])))
+
+
 @pytest.mark.parametrize(
     ("content", "message", "reason"),
     [
