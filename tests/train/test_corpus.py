@@ -269,7 +269,7 @@ def test_a_bad_pipe_is_named_and_not_its_copy(tmp_path):
 
 
 def test_a_device_is_refused():
-    with pytest.raises(ValueError, match="data '/dev/zero' is a device or a socket, which may never end. Give a text"):
+    with pytest.raises(ValueError, match=r"data '/dev/zero' is a device or a socket, which may never end. Give a text"):
         find_source("/dev/zero")
 
 
