@@ -29,7 +29,7 @@ def command(checkpoint: Path, text_file: Path, most_tokens: int, as_json: bool, 
     """Measure the loss of CHECKPOINT on a text as it is served: in bfloat16, and with int8 weights, int8 keys and
     values, and both. Give a text that it was not trained on."""
     try:
-        text = text_file.read_text(encoding="utf-8")
+        text = text_file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{text_file} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:

@@ -100,7 +100,7 @@ def command(out: Path, minutes: float, steps: int | None, again: bool, as_json: 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return None
 

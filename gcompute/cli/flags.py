@@ -122,7 +122,7 @@ def read_toml(path: Path, sections: Mapping[str, type]) -> dict[str, dict[str, A
       ValueError: the file cannot be read or parsed, or holds an unknown section or field.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"config file {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:

@@ -46,7 +46,7 @@ def stored_choices(out: Path) -> Choices | None:
     from gcompute.model.pretrained import CHECKPOINTS, saved_steps
 
     steps = reversed(saved_steps(out / CHECKPOINTS))
-    for read in (partial((out / RUN).read_text, encoding="utf-8"), *(partial(_meta, out, step) for step in steps)):
+    for read in (partial((out / RUN).read_text, encoding="utf-8-sig"), *(partial(_meta, out, step) for step in steps)):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             chosen = json.loads(read())[CHOSEN]
             reasons = {str(name): str(reason) for name, reason in chosen["reasons"].items()}
@@ -170,7 +170,7 @@ def stored_run(out: Path) -> tuple[RunConfig, str | None] | None:
     reason = "is missing"
     if found:
         try:
-            return run_from_plain(json.loads(path.read_text(encoding="utf-8")), source=str(path)), None
+            return run_from_plain(json.loads(path.read_text(encoding="utf-8-sig")), source=str(path)), None
         except (OSError, ValueError) as error:
             reason = f"is damaged ({error})"
     steps = saved_steps(out / CHECKPOINTS)

@@ -41,6 +41,7 @@ from gcompute.train.loop import METRICS, TrainResult, open_data, train
 from gcompute.train.metrics_log import read_metrics
 from gcompute.train.programs import resolve_mesh
 from gcompute.train.resolve import default_mesh, resolve_accumulation, resolve_query_blocks
+from gcompute.train.source import is_pipe
 
 CURVE = "loss.png"
 
@@ -213,9 +214,13 @@ def train_session(
     make_directory(out)
     for directory, what in ((out, "--out"), (cache, "the cache")):
         check_outside(directory, what, run.data.data)
+    if is_pipe(run.data.data):
+        console.print(f"notice: {run.data.data} is a pipe: waiting for it, and reading it to its end")
     with only_writer(out) if first else nullcontext():
         with one_process_first(), WorkProgress(console) as progress:
             corpus = prepare(run.data, corpus_directory(cache, run), progress=progress)
+        if corpus.left_out:
+            console.print(f"notice: {corpus.left_out}")
         tokenizer_path = out / TOKENIZER
         if resume and tokenizer_path.is_file():
             _check_same_tokenizer(tokenizer_path, corpus)

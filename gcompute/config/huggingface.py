@@ -59,7 +59,7 @@ def read_huggingface(path: Path) -> HuggingFaceModel:
       ValueError: the file cannot be read, its kind of model is not known, or a field is lacking or contradicts another.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"model file {path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:

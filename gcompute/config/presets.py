@@ -110,7 +110,7 @@ def model_config(name: str) -> ModelConfig:
             raise ValueError(f"model {name!r} is not a preset, and not a .json or .toml file. {nearest(name, PRESETS)}")
         return PRESETS[name]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"model file {name!r} cannot be read: {error.strerror}.") from None

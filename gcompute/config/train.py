@@ -31,7 +31,10 @@ RESUMABLE |= {"data"}
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
-    data: str = option("stdlib", "stdlib (this Python's own source text), a text file, or a directory of text files")
+    data: str = option(
+        "stdlib",
+        "stdlib (this Python's own source text), a file, pipe or directory of text or JSONL, compressed or not",
+    )
     tokenizer: str = option("bpe:4096", "byte, char, bpe:VOCAB (trained on the data), or a tokenizer.json")
     val_fraction: float = option(0.1, "share of the text kept for validation (of the files, or the end of one file)")
     text_mb: float | None = option(

@@ -73,7 +73,7 @@ def catalogue_with(path: Path) -> Mapping[str, Chip]:
       ValueError: the file cannot be read, or holds a field, unit or value that makes no sense; one line says which.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"chip file {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:

@@ -68,7 +68,7 @@ class Tokenizer:
           ValueError: the file is missing, is not a file, does not parse, or has no tokens.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")
         except OSError as error:
             raise ValueError(f"tokenizer file {os.fspath(path)!r} cannot be read: {error.strerror}.") from None
         except UnicodeDecodeError as error:

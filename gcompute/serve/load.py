@@ -195,7 +195,7 @@ def read_prompts(path: Path, *, output: int) -> GivenPrompts:
       ValueError: the file cannot be read, has no prompt, or a line is not as said.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise ValueError(f"--prompts {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:

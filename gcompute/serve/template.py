@@ -133,7 +133,7 @@ def load_template(folder: Path, notice: Callable[[str], None]) -> ChatTemplate:
     if not path.is_file():
         return PlainTemplate()
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from None
     source = config.get("chat_template") if isinstance(config, dict) else None

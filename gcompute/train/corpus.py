@@ -24,12 +24,14 @@ from gcompute.config.train import DataConfig
 from gcompute.model.tokenizer import Tokenizer
 from gcompute.train.mapped import map_tokens
 from gcompute.train.source import Document, Documents, Progress, Source, find_source, limited, split_documents
+from gcompute.train.text_file import Pieces, utf8_bytes
 
 FORMAT = 2
 PIECE_CHARACTERS = 1 << 17  # a long text is encoded in pieces, so that all cores have one
 BATCH_CHARACTERS = 1 << 20  # encoded at a time: an encoding takes about 100 bytes a token while it lives
 BPE_SAMPLE_BYTES = 1 << 26  # a BPE learns from at most about this much text, taken evenly
 STALE_S = 3600
+CUT = re.compile(r"(?<=\S)\s(?=\S)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ class TokenizedCorpus:
     val: np.memmap
     num_train_bytes: int
     num_val_bytes: int
-    num_skipped: int  # files that are not text
+    left_out: str  # how many files were not read, and why, in one line; "" where all were
     reused: bool
 
 
@@ -57,7 +59,7 @@ def prepare(
       ValueError: the data is missing, empty, binary or too short, the tokenizer spec is wrong, or `directory` cannot
         be written.
     """
-    source = limited(source or find_source(data.data), data.text_mb)
+    source = limited(source or find_source(data.data, data.text_mb), data.text_mb)
     progress = progress or (lambda stage, done, total: None)
     try:
         made_from = {
@@ -80,19 +82,30 @@ def prepare(
         ) from None
 
 
-def pieces(text: str, length: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a text into pieces of about `length` characters that a byte-level BPE encodes as it would the whole.
+def pieces(texts: Iterable[str | None], length: int = PIECE_CHARACTERS) -> Pieces:
+    """Cut documents into pieces of about `length` characters that a byte-level BPE encodes as it would the whole.
 
     A cut falls before a single white-space character between two others: no word of GPT-2's pattern spans that place,
-    and none looks past it. Text with no such place for another `length` characters is cut where it stands.
+    and none looks past it. Text with no such place for another `length` characters is cut where it stands. None ends a
+    document, and stays. How `texts` is cut moves no cut: only 2 `length` characters are looked at, and held.
     """
-    start = 0
-    while len(text) - start > 2 * length:
-        place = re.compile(r"(?<=\S)\s(?=\S)").search(text, start + length, start + 2 * length)
-        end = place.start() if place else start + 2 * length
-        yield text[start:end]
-        start = end
-    yield text[start:]
+    rest = ""
+    for text in texts:
+        if text is None:
+            if rest:
+                yield rest
+            rest = ""
+            yield None
+            continue
+        text, start = rest + text if rest else text, 0
+        while len(text) - start > 2 * length:
+            place = CUT.search(text, start + length, start + 2 * length)
+            end = place.start() if place else start + 2 * length
+            yield text[start:end]
+            start = end
+        rest = text[start:]
+    if rest:
+        yield rest
 
 
 def _tokenizer_key(spec: str) -> str:
@@ -109,9 +122,10 @@ def _make_tokenizer(spec: str, documents: Documents, progress: Progress) -> Toke
         num_bytes = sum(document.num_bytes for document in sources)
         stride = 1 if spec == "char" else max(1, -(-num_bytes // BPE_SAMPLE_BYTES))
         done = 0
-        for index, piece in enumerate(piece for document in sources for piece in pieces(document.text())):
+        cut = (piece for document in sources for piece in pieces(document.pieces()) if piece is not None)
+        for index, piece in enumerate(cut):
             progress("training the tokenizer", min(done, num_bytes), num_bytes)
-            done += len(piece.encode())
+            done += utf8_bytes(piece)
             if index % stride == 0:
                 yield piece
         progress("training the tokenizer", num_bytes, num_bytes)
@@ -130,7 +144,6 @@ def _build(
     _remove_stale(directory)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     total = sum(document.num_bytes for document in documents.train + documents.val)
-    end_of_text = tokenizer.end_of_text if documents.separated else None
     with (
         _replacing(directory / "meta.json") as meta_path,  # the outermost takes its name last
         _replacing(directory / "train.bin") as train_path,
@@ -141,7 +154,7 @@ def _build(
             texts = getattr(documents, split)
             num_bytes = crc32 = 0
             with path.open("wb") as file:
-                for ids, batch_bytes in _encoded(texts, tokenizer, end_of_text):
+                for ids, batch_bytes in _encoded(texts, tokenizer):
                     content = np.array(ids, dtype).tobytes()
                     file.write(content)
                     crc32 = zlib.crc32(content, crc32)
@@ -161,7 +174,7 @@ def _build(
             "made_from": made_from,
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "dtype": dtype.str,
-            "num_skipped": documents.num_skipped,
+            "left_out": documents.left_out,
             "largest_bpe_sample_bytes": BPE_SAMPLE_BYTES,
             **splits,
         }
@@ -176,30 +189,26 @@ def _build(
     return built
 
 
-def _encoded(
-    documents: Iterable[Document], tokenizer: Tokenizer, end_of_text: int | None
-) -> Iterator[tuple[list[int], int]]:
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
     """Token ids of one batch of pieces after another, each with its UTF-8 bytes of text."""
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
     batch: list[str] = []
     ends: list[list[int]] = []
 
     def encode() -> tuple[list[int], int]:
         encoded = tokenizer.encode_batch(batch)
-        ids = list(itertools.chain.from_iterable(ids + end for ids, end in zip(encoded, ends, strict=True)))
-        return ids, sum(len(piece.encode()) for piece in batch)
+        ids = list(itertools.chain.from_iterable(ids + after for ids, after in zip(encoded, ends, strict=True)))
+        return ids, sum(utf8_bytes(piece) for piece in batch)
 
     num_characters = 0
     for document in documents:
-        for piece in pieces(document.text()):
-            batch.append(piece)
-            ends.append([])
-            num_characters += len(piece)
+        for piece in pieces(document.pieces()):
+            batch.append(piece or "")
+            ends.append(end if piece is None else [])
+            num_characters += len(piece or "")
             if num_characters >= BATCH_CHARACTERS:
                 yield encode()
                 batch, ends, num_characters = [], [], 0
-        if end_of_text is not None:
-            batch.append("")
-            ends.append([end_of_text])
     if batch:
         yield encode()
 
@@ -226,7 +235,7 @@ def _mapped(train_path: Path, val_path: Path, meta: dict, tokenizer: Tokenizer, 
         val=val,
         num_train_bytes=meta["train"]["num_bytes"],
         num_val_bytes=meta["val"]["num_bytes"],
-        num_skipped=meta["num_skipped"],
+        left_out=meta["left_out"],
         reused=reused,
     )
 

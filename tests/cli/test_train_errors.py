@@ -45,6 +45,18 @@ def test_bad_data(content: bytes | None, said: str, gcompute: Command, tmp_path:
     assert not (out / "run.json").exists()
 
 
+def test_a_device_as_data(gcompute: Command, tmp_path: Path):
+    assert "is a device or a socket" in gcompute(*TINY, "--data", "/dev/zero", "--out", tmp_path / "out").error
+
+
+def test_a_folder_without_text_says_what_is_in_it(gcompute: Command, tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("café", encoding="latin-1")
+    (tmp_path / "data" / "b.png").write_bytes(b"\x89PNG\0")
+    said = gcompute(*TINY, "--data", tmp_path / "data", "--out", tmp_path / "out").error
+    assert "holds no text: 1 not UTF-8 (a.txt), 1 binary (b.png)" in said
+
+
 def test_an_empty_directory_of_data(gcompute: Command, tmp_path: Path):
     (tmp_path / "data").mkdir()
     assert "holds no files" in gcompute(*TINY, "--data", tmp_path / "data", "--out", tmp_path / "out").error
@@ -126,6 +138,16 @@ def test_bad_toml(text: str, said: str, gcompute: Command, words: Path, tmp_path
     path.write_text(text)
     command = ("train", "--no-fast", "--config", path, "--data", words, "--out", tmp_path / "out")
     assert said in gcompute(*command).error
+
+
+@pytest.mark.parametrize("name", ["m.json", "m.toml"])
+def test_files_that_begin_with_a_byte_order_mark(name: str, gcompute: Command, words: Path, tmp_path: Path):
+    text = {"m.json": '{"layerss": 3}', "m.toml": "layerss = 3"}[name]
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    (tmp_path / "run.toml").write_text("[train]\nstepps = 3", encoding="utf-8-sig")
+    command = ("train", "--no-fast", "--data", words, "--out", tmp_path / "out")
+    assert "Did you mean 'layers'?" in gcompute(*command, "--model", tmp_path / name).error
+    assert "Did you mean 'steps'?" in gcompute(*command, "--config", tmp_path / "run.toml").error
 
 
 @pytest.mark.parametrize(

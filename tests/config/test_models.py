@@ -59,6 +59,12 @@ def test_a_hugging_face_file_or_its_directory(tmp_path: Path):
         assert found.unused == ("surprise",)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA), encoding="utf-8-sig")
+    assert planned_model(str(path)).architecture.num_layers == 2
+
+
 def test_what_the_trainer_has_not(tmp_path: Path):
     window = {**LLAMA, "model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 16}
     found = planned_model(written(tmp_path / "config.json", window))

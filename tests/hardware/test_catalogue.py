@@ -29,6 +29,10 @@ def with_file(tmp_path: Path):
     return read
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(with_file):
+    assert with_file("\ufeff# mine").keys() == catalogue().keys()
+
+
 @pytest.mark.parametrize("name", catalogue())
 def test_every_figure_has_a_source(name: str):
     chip = find_chip(name)

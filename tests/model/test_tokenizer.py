@@ -108,6 +108,13 @@ def test_save_and_load_keep_everything(spec, tmp_path):
             loaded.encode("\x07")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    BPE.save(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert Tokenizer.load(path).fingerprint == BPE.fingerprint
+
+
 def test_saved_file_is_what_hugging_face_reads(tmp_path):
     BPE.save(tmp_path / "tokenizer.json")
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

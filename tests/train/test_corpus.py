@@ -1,7 +1,14 @@
+import gc
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
+import tempfile
+import threading
+import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +91,7 @@ def test_a_directory_is_dealt_by_file_and_binary_files_are_counted(tmp_path):
     files = {f"{index // 10}/{index}.txt": f"text {index}\n" for index in range(200)}
     other = {"a.bin": b"\0\1", "b.bin": b"\xff\xfe", "empty.txt": "", ".hidden": "x", ".git/config": "x"}
     documents = split(write(tmp_path, {**files, **other}))
-    assert documents.num_skipped == 2
+    assert len(documents.skipped) == 2
     assert documents.separated
     assert not names(documents.train) & names(documents.val)
     assert names(documents.train) | names(documents.val) == set(files)
@@ -110,7 +117,7 @@ def test_two_files_leave_neither_split_empty(tmp_path, val_fraction):
 def test_a_directory_with_one_text_is_cut_as_a_file(tmp_path):
     documents = split(write(tmp_path, {"a.txt": PROSE, "b.bin": b"\0"}))
     assert documents.train[0].text() == PROSE[: int(len(PROSE) * 0.9)]
-    assert (documents.separated, documents.num_skipped) == (False, 1)
+    assert (documents.separated, len(documents.skipped)) == (False, 1)
 
 
 @pytest.mark.oldest
@@ -119,7 +126,7 @@ def test_a_standard_library_is_its_own_python_source(tmp_path):
     texts = {document.name: document.text() for document in documents.train + documents.val}
     assert set(texts) == {*(f"module_{index}.py" for index in range(40)), "package/inner.py"}
     assert "é" in texts["package/inner.py"]
-    assert documents.num_skipped == 2
+    assert len(documents.skipped) == 2
     assert [document.name for document in documents.train] == sorted(names(documents.train))
 
 
@@ -141,7 +148,7 @@ def test_the_running_interpreter_has_tens_of_megabytes():
         ({"nothing.txt": "ab"}, "train split has 1 tokens, and needs at least 2"),
         ({"nothing.txt": "a"}, "train split has 0 tokens, and needs at least 2"),
         ({"nothing.txt": "abcde"}, "val split has 1 tokens, and needs at least 2"),
-        ({"nothing.txt/a.bin": b"\0"}, "holds no text: 1 files are binary"),
+        ({"nothing.txt/a.bin": b"\0"}, r"holds no text: 1 binary \(a.bin\)"),
         ({"nothing.txt/a.txt": ""}, "is empty"),
         ({"nothing.txt/.hidden": "x"}, "holds no files"),
     ],
@@ -173,15 +180,123 @@ def test_a_python_without_sources_says_so(tmp_path):
         stdlib_source(tmp_path)
 
 
+def test_latin_1_and_archives_are_left_out_with_a_word_and_compressed_text_is_read(tmp_path):
+    latin = {f"{index}.txt": "café déjà vu".encode("latin-1") for index in range(5)}
+    other = {"a.txt": PROSE, "b.txt.gz": gzip.compress(PROSE.encode()), "c.tar.xz": lzma.compress(b"c\0\0")}
+    documents = split(write(tmp_path, {**latin, **other}))
+    assert names(documents.train) | names(documents.val) == {"a.txt", "b.txt.gz"}
+    said = "6 of 8 files left out: 5 not UTF-8 (0.txt, 1.txt, 2.txt, ...), 1 binary (c.tar.xz)"
+    assert documents.left_out == said
+    data = DataConfig(data=str(tmp_path), tokenizer="byte")
+    for reused in (False, True):
+        made = prepare(data, tmp_path.with_name("tokens"), progress=None)
+        assert (made.reused, made.left_out) == (reused, said)
+
+
+def test_a_folder_of_links_alone_is_read(tmp_path):
+    write(tmp_path / "real", {"a.txt": PROSE})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
+    assert names(split(tmp_path / "data").train) == {"link/a.txt"}
+
+
+def records(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def test_jsonl_is_cut_between_records_each_with_its_end(tmp_path):
+    texts = [f"record {index} é\n" * (1 + index % 3) for index in range(40)]
+    data = write(tmp_path, {"a.jsonl": records(*texts)}) + "/a.jsonl"
+    made = prepare(DataConfig(data=data, tokenizer="byte", val_fraction=0.3), tmp_path / "tokens")
+    end = made.tokenizer.end_of_text
+    cut, decode = 0, made.tokenizer.decode
+    for tokens in (made.train, made.val):
+        ids = tokens.tolist()
+        assert ids[-1] == end
+        there = decode(ids).split("<|endoftext|>")[:-1]
+        assert there == texts[cut : cut + len(there)]
+        cut += len(there)
+    assert cut == len(texts)
+    assert made.num_train_bytes + made.num_val_bytes == len("".join(texts).encode())
+    assert 0.65 < made.num_train_bytes / (made.num_train_bytes + made.num_val_bytes) < 0.75
+
+
+@pytest.mark.parametrize(("val_fraction", "num"), [(0.001, 2), (0.999, 1)])
+def test_few_records_leave_neither_split_empty(tmp_path, val_fraction, num):
+    documents = split(write(tmp_path, {"a.jsonl": records("aa", "bb", "cc")}) + "/a.jsonl", val_fraction)
+    assert (documents.train[0].text(), documents.val[0].text()) == ("aabbcc"[: 2 * num], "aabbcc"[2 * num :])
+
+
+def test_one_record_is_cut_as_a_text_and_ends_once(tmp_path):
+    documents = split(write(tmp_path, {"a.jsonl": records("abcdefghij")}) + "/a.jsonl", 0.3)
+    assert list(documents.train[0].pieces()) == ["abcdefg"]
+    assert list(documents.val[0].pieces()) == ["hij", None]
+
+
+def piped(path, content):
+    """A named pipe that another thread writes `content` to, once."""
+    os.mkfifo(path)
+
+    def feed():
+        with suppress(BrokenPipeError), path.open("wb") as pipe:
+            pipe.write(content)
+
+    thread = threading.Thread(target=feed, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_pipe_is_read_once_and_kept_no_longer(tmp_path, monkeypatch, pack):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    writer = piped(tmp_path / "pipe", pack(PROSE.encode()))
+    made = prepare(DataConfig(data=str(tmp_path / "pipe"), tokenizer="bpe:300"), tmp_path / "tokens")
+    writer.join(10)
+    assert made.tokenizer.decode([*made.train.tolist(), *made.val.tolist()]) == PROSE
+    gc.collect()
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "tokens"}
+
+
+def test_of_a_long_pipe_no_more_is_read_than_is_wanted(tmp_path):
+    piped(tmp_path / "pipe", b"text " * 2_000_000)
+    data = DataConfig(data=str(tmp_path / "pipe"), tokenizer="byte", text_mb=0.01)
+    made = prepare(data, tmp_path / "tokens")
+    assert len(made.train) + len(made.val) == 10_000
+
+
+def test_a_bad_pipe_is_named_and_not_its_copy(tmp_path):
+    piped(tmp_path / "pipe", b"\xff")
+    with pytest.raises(ValueError, match="pipe' is not UTF-8 text: byte 0xFF at offset 0"):
+        split(tmp_path / "pipe")
+
+
+def test_a_device_is_refused():
+    with pytest.raises(ValueError, match=r"data '/dev/zero' is a device or a socket, which may never end. Give a text"):
+        find_source("/dev/zero")
+
+
+def test_a_large_file_is_never_whole_in_memory(tmp_path):
+    (tmp_path / "large.txt").write_bytes(b"some text and more\n" * 2_000_000)
+    tracemalloc.start()
+    try:
+        documents = split(tmp_path / "large.txt")
+        assert sum(len(piece) for piece in pieces(documents.train[0].pieces())) == 34_200_000
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
 # --- tokens
 
 
-@given(st.text(alphabet="ab1' \n\t.é日"), st.integers(1, 20))
+@given(st.text(alphabet="ab1' \n\t.é日"), st.integers(1, 20), st.integers(1, 30))
 @settings(deadline=None)
-def test_pieces_are_the_text(text, length):
-    cut = list(pieces(text, length))
+def test_pieces_are_the_text_however_it_is_read(text, length, chunk):
+    cut = list(pieces([text], length))
     assert "".join(cut) == text
-    assert all(len(piece) <= 2 * length for piece in cut)
+    assert all(0 < len(piece) <= 2 * length for piece in cut)
+    assert list(pieces((text[at : at + chunk] for at in range(0, len(text), chunk)), length)) == cut
+    assert list(pieces([text, None, None, text], length)) == [*cut, None, None, *cut]
 
 
 def test_bpe_of_the_pieces_is_bpe_of_the_whole():
@@ -190,7 +305,7 @@ def test_bpe_of_the_pieces_is_bpe_of_the_whole():
     parts = ["the", "we'll", "  ", " ", " ", "\n", "\n\n", "    return", "12", "...", "\t", "日本", "x"]
     text = "".join(random.choice(parts) for _ in range(30_000))
     tokenizer = Tokenizer.from_spec("bpe:300", lambda: [text])
-    cut = list(pieces(text, 300))
+    cut = list(pieces([text], 300))
     assert len(cut) > 200
     assert all(len(piece) < 600 for piece in cut)  # none was cut for want of a place
     assert [token for ids in tokenizer.encode_batch(cut) for token in ids] == tokenizer.encode(text)
