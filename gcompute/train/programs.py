@@ -163,13 +163,12 @@ def lower_train(
         update_shardings=split if run.train.zero and shape.data > 1 else None,
     )
     metrics = StepMetrics(*[replicated] * 4) if run.model.experts else StepMetrics(replicated, replicated)
+    # Asked for outside the mesh: the program that each option is tried on is of one device.
+    options = known_options(compiler_options(run, backend), _device_here(mesh)) or None
     with use_mesh(mesh):
-        lowered = jax.jit(
-            steps,
-            donate_argnums=0,
-            out_shardings=(shardings, metrics),
-            compiler_options=known_options(compiler_options(run, backend), _device_here(mesh)) or None,
-        ).lower(abstract_state, batches, batches, count)
+        lowered = jax.jit(steps, donate_argnums=0, out_shardings=(shardings, metrics), compiler_options=options).lower(
+            abstract_state, batches, batches, count
+        )
     return TrainProgram(
         lowered=lowered,
         dispatch_steps=dispatch_steps,
