@@ -38,13 +38,13 @@ def command(checkpoint: Path, text_file: Path, most_tokens: int, as_json: bool, 
     quiet_backends()
     use_compilation_cache()
     import numpy as np
-    from rich.console import Console
     from rich.table import Table
 
+    from gcompute.cli.consoles import plain_console
     from gcompute.model.pretrained import load
     from gcompute.serve.quality import validation_loss
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     model = load(checkpoint, notice=lambda said: console.print(f"notice: {said}", soft_wrap=True))
     tokens = np.array(model.tokenizer.encode(text)[:most_tokens])
     rows = []
@@ -64,4 +64,4 @@ def command(checkpoint: Path, text_file: Path, most_tokens: int, as_json: bool, 
     table.add_column("difference", justify="right")
     for row in rows:
         table.add_row(row["weights"], row["kv"], f"{row['nats_a_token']:.5f}", f"{row['difference']:+.5f}")
-    Console().print(table)
+    plain_console().print(table)

@@ -81,15 +81,14 @@ def command(
         both = (("weights", plan.weights), ("kv", plan.kv or plan.weights))
         serve |= {name: dtype for name, dtype in both if dtype in QUANTIZED}
     ServeConfig(**serve)
-    from rich.console import Console
-
     from gcompute.cli.bench_plan import make_planner
     from gcompute.cli.bench_server import CheckpointServer, checkpoint_server
     from gcompute.cli.bench_session import INTERRUPTED, Bench, Session
     from gcompute.cli.bench_show import LoadProgress, show_bench
+    from gcompute.cli.consoles import plain_console
     from gcompute.serve.load_client import Address
 
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(stderr=True)
 
     def bench_at(url: str, served: Any, name: str | None, key: str | None) -> Bench:
         with LoadProgress(console) as progress:
@@ -126,21 +125,29 @@ def command(
     if out is not None:
         full = {**document, **bench.to_dict(with_requests=True)}
         out.write_text(json.dumps(full, allow_nan=False) + "\n", encoding="utf-8")
-    if plot is not None and bench.points:
-        from gcompute.cli.bench_plot import plot_bench
-
-        plot_bench(bench, plot)
+    drawn = plot is not None and bench.points and _drawn(bench, plot, console)
     if as_json:
         print(json.dumps(document, allow_nan=False))
     else:
         show_bench(bench)
-        for path, what in ((plot, "drawn"), (out, "written")):
+        for path, what in ((plot if drawn else None, "drawn"), (out, "written")):
             if path is not None:
                 print(f"{what} to {path}")
     if bench.stopped == INTERRUPTED:
         raise KeyboardInterrupt
     if bench.stopped or not any(point.measured.num_ok for point in bench.points):
         raise SystemExit(NOTHING_SERVED)
+
+
+def _drawn(bench: Any, plot: Path, console: Any) -> bool:
+    from gcompute.cli.pictures import try_to_draw
+
+    def draw() -> None:
+        from gcompute.cli.bench_plot import plot_bench
+
+        plot_bench(bench, plot)
+
+    return try_to_draw(draw, plot, lambda text: console.print(f"notice: {text}", soft_wrap=True))
 
 
 @contextmanager

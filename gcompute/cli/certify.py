@@ -96,15 +96,14 @@ def command(
     if "jax" not in sys.modules:
         _fake_devices(devices)
     quiet_backends()
-    from rich.console import Console
-
     from gcompute.certify.certificate import certify, counts, select
+    from gcompute.cli.consoles import plain_console
 
     selection = select(strategy, devices=devices, quick=quick)
     most = max(subject.mesh.num_devices for subject in selection.subjects)
     if target is not None and target.num_devices < most:
         raise ValueError(f"these rows need {most} devices and {target} has {target.num_devices}. Use a larger slice.")
-    started, errors = time.perf_counter(), Console(stderr=True)
+    started, errors = time.perf_counter(), plain_console(stderr=True)
     rows = list(_watched(certify(selection.subjects), "certifying", len(selection.subjects), errors))
     if target is not None:
         request = {"target": str(target), "strategy": strategy, "devices": devices, "quick": quick}
@@ -120,9 +119,9 @@ def command(
     }
     if html_path is not None:
         from gcompute.cli.certificate_page import render
-        from gcompute.cli.session import write_atomically
+        from gcompute.measure.whole_file import write_whole
 
-        write_atomically(html_path, render(result))
+        write_whole(html_path, render(result))
     if as_json:
         print(json.dumps(result))
     else:
@@ -203,15 +202,15 @@ def _answers(request: dict[str, Any], target: Target) -> Iterator[dict[str, Any]
 
 def _show(result: dict[str, Any]) -> None:
     """Print the certificate as tables, what is red, and a verdict."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from gcompute.cli.certificate_page import LEGEND, TITLES, collectives_text, exact_text, ratio_text, summary
+    from gcompute.cli.consoles import plain_console
 
-    console = Console(highlight=False)
+    console = plain_console()
     if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
+        console = plain_console(width=WIDTH)
     colours = {"equal": "green", "differs": "bold red"}
     for form, title in TITLES.items():
         rows = [row for row in result["rows"] if row["form"] == form and row["refusal"] is None]

@@ -56,13 +56,12 @@ def command(
     """
     quiet_backends()
     use_compilation_cache()
-    from rich.console import Console
-
     from gcompute.certify.serving.certificate import Subject, prove_default, prove_deterministic
     from gcompute.certify.serving.models import FORMS, small_params
+    from gcompute.cli.consoles import plain_console
     from gcompute.cli.progress import WorkProgress
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     serve = ServeConfig(precision=precision, slots=slots)
     subjects = []
     if checkpoint is None:
@@ -104,14 +103,14 @@ def _quiet(done: int) -> None:
 
 def show(result: dict[str, Any]) -> None:
     """Print counts, every token that differs, the ways of serving, and a verdict."""
-    from rich.console import Console
     from rich.table import Table
 
     from gcompute.cli.certify import WIDTH
+    from gcompute.cli.consoles import plain_console
 
-    console = Console(highlight=False)
+    console = plain_console()
     if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
+        console = plain_console(width=WIDTH)
     table = Table(title=f"{result['mode']} mode, {result['precision']}: tokens beside the reference's choices")
     columns = (
         "requests",

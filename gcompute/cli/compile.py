@@ -258,9 +258,9 @@ def compile_elsewhere(request: dict[str, Any], target: Target) -> dict[str, Any]
 
 def _spinner() -> Any:
     """A line that turns on standard error, on a terminal only."""
-    from rich.console import Console
+    from gcompute.cli.consoles import plain_console
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     if not console.is_terminal:
         return nullcontext()
     return console.status("starting the compiler")
@@ -268,11 +268,10 @@ def _spinner() -> Any:
 
 def _show(model: str, run: RunConfig, report: dict[str, Any]) -> None:
     """Print the report as tables."""
-    from rich.console import Console
-
+    from gcompute.cli.consoles import plain_console
     from gcompute.cli.progress import duration
 
-    console = Console(markup=False, highlight=False)
+    console = plain_console()
     config = run.train
     console.print(
         f"{model}: one train step on {report['target']} ({report['num_devices']:,} devices), mesh {config.mesh}, batch"
@@ -285,11 +284,10 @@ def _show(model: str, run: RunConfig, report: dict[str, Any]) -> None:
 
 
 def _show_serving(model: str, asked: dict[str, Any], reports: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
-
+    from gcompute.cli.consoles import plain_console
     from gcompute.cli.progress import duration
 
-    console = Console(markup=False, highlight=False)
+    console = plain_console()
     for program, report in reports.items():
         console.print(
             f"{model}: {program} on {report['target']} ({report['num_devices']:,} devices), mesh {asked['mesh']},"

@@ -60,12 +60,12 @@ def command(out: Path, minutes: float, steps: int | None, again: bool, as_json: 
     The model and its steps are sized by the prediction for about two minutes of training on this machine. Running it
     again continues from its last checkpoint; what is finished is reused.
     """
-    started = time.time()
+    started = time.monotonic()
     restart_fast(fast)
     quiet_backends()
-    from rich.console import Console
+    from gcompute.cli.consoles import plain_console
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     console.rule("1  this machine")
     from gcompute.cli.machine import show_machine
     from gcompute.cli.progress import duration
@@ -135,8 +135,9 @@ def _trained(
     run: RunConfig, out: Path, started: float, roofline: Any, console: Any
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The session's plain values and the baselines: kept ones if training is finished, else after finishing it."""
-    from gcompute.cli.session import corpus_directory, train_session, write_atomically
+    from gcompute.cli.session import corpus_directory, train_session
     from gcompute.cli.train import stop_on_interrupt
+    from gcompute.measure.whole_file import write_whole
     from gcompute.train.corpus import prepare
     from gcompute.train.loop import open_data
     from gcompute.train.ngram import bigram_loss, unigram_loss
@@ -170,14 +171,14 @@ def _trained(
     sides = (corpus.train, corpus.val, corpus.tokenizer.vocab_size, stretches)
     baselines = {"unigram": unigram_loss(*sides), "bigram": bigram_loss(*sides)}
     values = {**session.to_dict(), "baselines": baselines}
-    write_atomically(out / "session.json", json.dumps(values, indent=2) + "\n")
+    write_whole(out / "session.json", json.dumps(values, indent=2) + "\n")
     return values, baselines
 
 
 def _served(out: Path, console: Any, *, again: bool) -> dict[str, Any]:
     """Serve the checkpoint on this machine, send it prompts together, and print what came back."""
     from gcompute.cli.progress import WorkProgress, duration
-    from gcompute.cli.session import write_atomically
+    from gcompute.measure.whole_file import write_whole
     from gcompute.model.pretrained import load
     from gcompute.serve.client import measure
     from gcompute.serve.engine import Engine
@@ -213,7 +214,7 @@ def _served(out: Path, console: Any, *, again: bool) -> dict[str, Any]:
     for name, value in summary.items():
         console.print(f"{name:<26}{value}", highlight=False)
     serving = {"step": model.step, "requests": completions, "summary": summary, "wall_s": load_.wall_s}
-    write_atomically(out / "serving.json", json.dumps(serving, indent=2) + "\n")
+    write_whole(out / "serving.json", json.dumps(serving, indent=2) + "\n")
     return serving
 
 

@@ -43,14 +43,13 @@ def command(
     if num < 1:
         raise ValueError(f"--num must be at least 1, got {num}.")
     use_compilation_cache()
-    from rich.console import Console
-
+    from gcompute.cli.consoles import plain_console
     from gcompute.cli.progress import WorkProgress
     from gcompute.model.pretrained import load
     from gcompute.serve.engine import Engine
     from gcompute.serve.request import Sampling
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     model = load(checkpoint, notice=lambda text: console.print(f"notice: {text}", soft_wrap=True))
     sampling["stop"] = tuple(sampling["stop"])
     samplings = [Sampling(**sampling, seed=seed + i) for i in range(num)]

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from gcompute import __version__
+from gcompute.cli.streams import endure
 from gcompute.config.fields import nearest
 
 USAGE_ERROR = 2
@@ -110,6 +111,10 @@ def fail(message: str) -> NoReturn:
 
 def main(args: list[str] | None = None) -> Any:
     """Run the command line; always ends in SystemExit. GCOMPUTE_TRACEBACK=1 shows where an error came from."""
+    endure()
+    if "matplotlib" not in sys.modules:
+        # Pictures are only ever saved; a notebook hands its own backend down, which may not be installed here.
+        os.environ["MPLBACKEND"] = "agg"
     try:
         status = cli(args=args, prog_name="gcompute", standalone_mode=False)
         raise SystemExit(status if isinstance(status, int) else 0)

@@ -7,6 +7,7 @@ import click
 
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
 from gcompute.cli.flags import SectionedCommand, config_options, given
+from gcompute.cli.signals import stop_signals
 from gcompute.config.serve import ServeConfig
 
 
@@ -41,16 +42,16 @@ def command(
 ) -> None:
     """Serve the model in CHECKPOINT, the --out directory of `gcompute train`: /v1/completions, /v1/chat/completions,
     /v1/models, /health, /metrics, and at / a page to talk to it and watch it work. Chats use the template of a
-    tokenizer_config.json there if jinja2 is installed, and "role: content" lines otherwise. SIGTERM and Ctrl-C finish
-    accepted requests first."""
+    tokenizer_config.json there if jinja2 is installed, and "role: content" lines otherwise. SIGTERM, SIGHUP and
+    Ctrl-C finish accepted requests first."""
     restart_fast(fast)
     quiet_backends()
     asked = ServeConfig(**given(ServeConfig, values))
     use_compilation_cache()
     import jax
-    from rich.console import Console
 
     from gcompute.cli.chips import measured_chip
+    from gcompute.cli.consoles import plain_console
     from gcompute.model.pretrained import load, locate
     from gcompute.serve.engine import Engine
     from gcompute.serve.native.build import why_not
@@ -60,7 +61,7 @@ def command(
     from gcompute.serve.server import serve
     from gcompute.serve.template import load_template
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     notice = lambda text: console.print(f"notice: {text}", soft_wrap=True)  # noqa: E731
     model = load(checkpoint, notice=notice)
     config, chosen = settle(asked)
@@ -96,6 +97,7 @@ def command(
             template=template,
             api_key=api_key or None,
             roofline=roofline,
+            signals=stop_signals(),
             announce=lambda url: console.print(f"serving {model_name} at {url} (Ctrl-C stops)", highlight=False),
         )
     except NotReady as error:

@@ -18,6 +18,7 @@ from gcompute.cli.flags import SectionedCommand, config_options, given, read_tom
 from gcompute.cli.main import INTERRUPTED
 from gcompute.cli.run_directory import RUN, SECTIONS, stored_run
 from gcompute.cli.run_directory import run_from_plain as run_from_plain
+from gcompute.cli.signals import stop_signals
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_config
 from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -74,7 +75,7 @@ def command(
     **values: Any,
 ) -> None:
     """Train a transformer on text. Every field of the configuration is a flag; a TOML file says the same."""
-    started = time.time()
+    started = time.monotonic()
     restart_fast(fast)
     quiet_backends()
     settings = read_toml(config_file, SECTIONS) if config_file else {}
@@ -130,21 +131,23 @@ def _resumed_config(
 
 
 class StopRequest:
-    """What Ctrl-C and SIGTERM ask for. True once one came while the training loop was there to see it.
+    """What Ctrl-C, SIGTERM and SIGHUP ask for. True once one came while the training loop was there to see it.
 
     The loop asks between dispatches. Before it asks for the first time there is no step to save, so a signal interrupts
-    at once, as a second one does at any time.
+    at once, as a second one does at any time. A closed terminal sends SIGHUP once or twice and none insists by it.
     """
 
     def __init__(self) -> None:
-        self.watched = self.asked = False
+        self.watched = self.asked = self.insisted = False
 
     def __bool__(self) -> bool:
         self.watched = True
         return self.asked
 
     def ask(self, number: int, frame: Any) -> None:
-        at_once = self.asked or not self.watched
+        hung_up = number == signal.SIGHUP
+        at_once = not self.watched or (self.insisted and not hung_up)
+        self.insisted = self.insisted or not hung_up
         # Kept also where the exception is raised: in a callback of C++ or a finalizer nobody would hear of it.
         self.asked = True
         if at_once:
@@ -153,9 +156,9 @@ class StopRequest:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[StopRequest]:
-    """A request that Ctrl-C or SIGTERM makes true."""
+    """A request that Ctrl-C, SIGTERM or SIGHUP makes true."""
     request = StopRequest()
-    previous = {number: signal.signal(number, request.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, request.ask) for number in stop_signals()}
     try:
         yield request
     finally:
@@ -176,8 +179,8 @@ def execute(
 ) -> None:
     """Prepare the data, train, and print how it went."""
     import jax
-    from rich.console import Console
 
+    from gcompute.cli.consoles import plain_console
     from gcompute.cli.session import train_session
 
     use_compilation_cache()
@@ -185,7 +188,7 @@ def execute(
     try:
         with stop_on_interrupt() as asked:
             first = jax.process_index() == 0
-            console = Console(stderr=True, quiet=not first, soft_wrap=True, markup=False, highlight=False)
+            console = plain_console(stderr=True, quiet=not first, soft_wrap=True)
             session = train_session(
                 run,
                 out=out,

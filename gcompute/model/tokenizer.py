@@ -93,7 +93,7 @@ class Tokenizer:
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            with temporary.open("x", encoding="utf-8") as file:
                 file.write(self._backend.to_str(pretty=True))
                 file.flush()
                 os.fsync(file.fileno())
