@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from gcompute.cli.flags import SectionedCommand, config_options, given
+from gcompute.cli.flags import FILE, NameOrPath, SectionedCommand, config_options, given
 from gcompute.config.bench import LoadConfig, PlanConfig, PromptConfig
 from gcompute.config.serve import QUANTIZED, ServeConfig
 
@@ -30,12 +30,12 @@ class BenchServeCommand(SectionedCommand):
 
 
 @click.command(cls=BenchServeCommand)
-@click.argument("server", metavar="URL|CHECKPOINT")
+@click.argument("server", type=NameOrPath(urls=True), metavar="URL|CHECKPOINT")
 @click.option("--name", default=None, help="Model name that requests use.  [the first that the server lists]")
 @click.option("--api-key", envvar="GCOMPUTE_API_KEY", show_envvar=True, help="Key that the server wants.  [none]")
-@click.option("--chips", "chip_file", type=click.Path(path_type=Path, dir_okay=False), envvar="GCOMPUTE_CHIPS")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw to .png or .html.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write all, every request too, as JSON.")
+@click.option("--chips", "chip_file", type=FILE, envvar="GCOMPUTE_CHIPS")
+@click.option("--plot", type=FILE, help="Draw to .png or .html.")
+@click.option("--out", type=FILE, help="Write all, every request too, as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @config_options(LoadConfig, "Load")
 @config_options(PromptConfig, "Requests")

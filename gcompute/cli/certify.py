@@ -19,7 +19,7 @@ from gcompute.aot.xla_flags import FAST_COMPILES, add_flags
 from gcompute.certify.strategies import STRATEGIES
 from gcompute.cli import certify_serving
 from gcompute.cli.environment import quiet_backends
-from gcompute.cli.flags import SectionedCommand
+from gcompute.cli.flags import PATH, SectionedCommand
 from gcompute.cli.worker import start_worker
 from gcompute.config.fields import nearest
 from gcompute.hardware.target import Target
@@ -60,9 +60,7 @@ class CertifyCommand(SectionedCommand, click.Group):
     "--on", "target_text", help=f"Compile every row for this target too, as in v5e:2x4.  Needs: {INSTALL['tpu']}"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option(
-    "--html", "html_path", type=click.Path(path_type=Path), help="Write one self-contained page to this file."
-)
+@click.option("--html", "html_path", type=PATH, help="Write one self-contained page to this file.")
 @click.pass_context
 def command(
     ctx: click.Context,

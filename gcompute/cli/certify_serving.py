@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from gcompute.cli.environment import quiet_backends, use_compilation_cache
-from gcompute.cli.flags import SectionedCommand
+from gcompute.cli.flags import PATH, SectionedCommand
 from gcompute.config.serve import ServeConfig
 
 RED = 1
@@ -26,7 +26,7 @@ class ServingCommand(SectionedCommand):
 
 
 @click.command(cls=ServingCommand, name="serving")
-@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("checkpoint", type=PATH, required=False)
 @click.option("--requests", type=click.IntRange(3), default=1000, help="Random requests, over all models.  [1000]")
 @click.option("--deterministic", is_flag=True, help="Every bit the same, in every way of serving.")
 @click.option("--precision", default="float32", show_default=True, type=click.Choice(("float32", "bfloat16")))

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from gcompute.cli.flags import SectionedCommand
+from gcompute.cli.flags import FILE, SectionedCommand
 from gcompute.hardware.catalogue import catalogue, catalogue_with, find_chip
 from gcompute.hardware.chip import Chip, Figure
 
@@ -32,7 +32,7 @@ class ChipsCommand(SectionedCommand):
 @click.option(
     "--file",
     "path",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     envvar="GCOMPUTE_CHIPS",
     help="TOML file with chips and prices of your own (or set GCOMPUTE_CHIPS).",
 )

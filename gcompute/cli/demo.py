@@ -10,7 +10,7 @@ import click
 
 from gcompute.cli.demo_size import LADDER, DemoSize, size_demo
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
-from gcompute.cli.flags import SectionedCommand
+from gcompute.cli.flags import PATH, SectionedCommand
 from gcompute.config.serve import ServeConfig
 from gcompute.config.train import RunConfig
 from gcompute.measure.cache import cache_directory
@@ -40,9 +40,7 @@ class DemoCommand(SectionedCommand):
 
 
 @click.command(cls=DemoCommand)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Run directory."
-)
+@click.option("--out", type=PATH, default=Path("runs/demo"), show_default=True, help="Run directory.")
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
@@ -68,6 +66,7 @@ def command(out: Path, minutes: float, steps: int | None, again: bool, as_json: 
     console = plain_console(stderr=True)
     console.rule("1  this machine")
     from gcompute.cli.machine import show_machine
+    from gcompute.cli.pictures import try_to_draw
     from gcompute.cli.progress import duration
     from gcompute.cli.session import make_directory, measured_roofline
     from gcompute.measure.machine import look
@@ -89,13 +88,23 @@ def command(out: Path, minutes: float, steps: int | None, again: bool, as_json: 
     console.rule("4  serve")
     serving = _served(out, console, again=again)
     console.rule("5  report")
-    path = _reported(machine, session, baselines, serving, out)
+    path = out / REPORT
+    reported = try_to_draw(
+        lambda: _report(machine, session, baselines, serving, path),
+        path,
+        lambda text: console.print(f"notice: {text}", soft_wrap=True),
+    )
     val_loss = session["measured"]["val_loss"]
     for name, loss in baselines.items():
         console.print(f"validation loss, {name}: {loss:.4f} nats a token; this model: {val_loss:.4f}")
-    console.print(f"report: {path.absolute()}", soft_wrap=True)
+    if reported:
+        console.print(f"report: {path.absolute()}", soft_wrap=True)
     if as_json:
-        print(json.dumps({**session, "baselines": baselines, "serving": serving, "report": str(path)}))
+        print(
+            json.dumps(
+                {**session, "baselines": baselines, "serving": serving, "report": str(path) if reported else None}
+            )
+        )
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -218,16 +227,14 @@ def _served(out: Path, console: Any, *, again: bool) -> dict[str, Any]:
     return serving
 
 
-def _reported(
-    machine: dict[str, Any], session: dict[str, Any], baselines: dict[str, float], serving: dict[str, Any], out: Path
-) -> Path:
+def _report(
+    machine: dict[str, Any], session: dict[str, Any], baselines: dict[str, float], serving: dict[str, Any], path: Path
+) -> None:
     from gcompute.cli.report import ReportData, write_report
     from gcompute.train.curve import plot_loss
     from gcompute.train.loop import METRICS
     from gcompute.train.metrics_log import read_metrics
 
-    curve = out / "loss.png"
-    plot_loss(read_metrics(out / METRICS), curve, title="gcompute demo: loss by step", baselines=baselines)
-    path = out / REPORT
+    curve = path.with_name("loss.png")
+    plot_loss(read_metrics(path.with_name(METRICS)), curve, title="gcompute demo: loss by step", baselines=baselines)
     write_report(ReportData(machine=machine, session=session, baselines=baselines, serving=serving), curve, path)
-    return path

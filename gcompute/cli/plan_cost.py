@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from gcompute.cli.flags import SectionedCommand, config_options, given
+from gcompute.cli.flags import FILE, SectionedCommand, config_options, given
 from gcompute.config.figure_text import figure_text
 from gcompute.hardware.catalogue import catalogue, catalogue_with
 from gcompute.hardware.chip import Chip, Figure
@@ -92,11 +92,11 @@ class Comparison:
 @click.option(
     "--chips",
     "chip_file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     envvar="GCOMPUTE_CHIPS",
     help="TOML file with chips and prices of your own (or set GCOMPUTE_CHIPS).",
 )
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw to this .png, or .html with all.")
+@click.option("--plot", type=FILE, help="Draw to this .png, or .html with all.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @config_options(OnPremise, "Bought chips")
 def command(

@@ -111,7 +111,8 @@ def plot_loads(loads: Sequence[Load], target: Target, path: Path, *, title: str,
     axes.set_xlabel("milliseconds a token, prefills of others between")
     axes.set_ylabel("output tokens a second a chip")
     axes.set_title(
-        f"{figure_text(title)}\npredicted; numbers are requests at once, the critical batch of {critical:,.0f} is {beyond} memory",
+        f"{figure_text(title)}\n"
+        f"predicted; numbers are requests at once, the critical batch of {critical:,.0f} is {beyond} memory",
         fontsize=11,
     )
     axes.set_ylim(bottom=0)

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gcompute.cli.consoles import plain_console
 from gcompute.hardware.catalogue import catalogue, catalogue_with
 from gcompute.hardware.chip import Chip
 from gcompute.hardware.target import Target

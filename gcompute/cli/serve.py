@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
-from gcompute.cli.flags import SectionedCommand, config_options, given
+from gcompute.cli.flags import PATH, SectionedCommand, config_options, given
 from gcompute.cli.signals import stop_signals
 from gcompute.config.serve import ServeConfig
 
@@ -24,10 +24,8 @@ class ServeCommand(SectionedCommand):
 
 
 @click.command(cls=ServeCommand)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--draft", type=click.Path(path_type=Path), default=None, help="Model that proposes tokens for --speculate draft."
-)
+@click.argument("checkpoint", type=PATH)
+@click.option("--draft", type=PATH, default=None, help="Model that proposes tokens for --speculate draft.")
 @click.option("--name", default=None, help="Model name that requests use.  [the run's name]")
 @click.option(
     "--api-key",

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,8 +271,11 @@ def train_session(
             )
         if first:
             title = f"{out.name}: {prediction.num_params:,} parameters"
-            draw = partial(plot_loss, read_metrics(out / METRICS), out / CURVE, title=title)
-            drawn = try_to_draw(draw, out / CURVE, lambda text: console.print(f"notice: {text}"))
+            drawn = try_to_draw(
+                lambda: plot_loss(read_metrics(out / METRICS), out / CURVE, title=title),
+                out / CURVE,
+                lambda text: console.print(f"notice: {text}", soft_wrap=True),
+            )
     session = Session(
         run=run,
         out=out,

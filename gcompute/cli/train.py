@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
-from gcompute.cli.flags import SectionedCommand, config_options, given, read_toml
+from gcompute.cli.flags import MODEL, PATH, SectionedCommand, config_options, given, read_toml
 from gcompute.cli.main import INTERRUPTED
 from gcompute.cli.run_directory import RUN, SECTIONS, stored_run
 from gcompute.cli.run_directory import run_from_plain as run_from_plain
@@ -24,7 +24,6 @@ from gcompute.config.presets import model_config
 from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from gcompute.measure.cache import cache_directory
 
-PATH = click.Path(path_type=Path)
 # What a resumed run may be given anew: nothing of this changes the steps already done, and the same steps follow. Two
 # exceptions that are asked for: other `steps` move the end of the schedule, another `mesh` adds in another order, as do
 # the settings that say how a mesh is used.
@@ -47,13 +46,9 @@ class TrainCommand(SectionedCommand):
 
 
 @click.command(cls=TrainCommand)
-@click.option("--model", "model_name", default=None, help="Preset, or a model's .json or .toml file.  [demo]")
-@click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="TOML: [model] [optimizer] [train] [data]."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/train"), show_default=True, help="Run directory."
-)
+@click.option("--model", "model_name", type=MODEL, help="Preset, or a model's .json or .toml file.  [demo]")
+@click.option("--config", "config_file", type=PATH, help="TOML: [model] [optimizer] [train] [data].")
+@click.option("--out", type=PATH, default=Path("runs/train"), show_default=True, help="Run directory.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, bit for bit.")
 @click.option("--inexact", is_flag=True, help="With --resume: also where this device or jaxlib rounds otherwise.")
 @click.option("--profile", is_flag=True, help="Trace a few dispatches into OUT/profile, for XProf and Perfetto.")

@@ -23,8 +23,10 @@ MOST_TOKENS_PER_STEP = 2**31 - 1
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
-    data: str = option("stdlib", "stdlib (this Python's own source text), a text file, or a directory of text files")
-    tokenizer: str = option("bpe:4096", "byte, char, bpe:VOCAB (trained on the data), or a tokenizer.json")
+    data: str = option(
+        "stdlib", "stdlib (this Python's own source text), a text file, or a directory of text files", path=True
+    )
+    tokenizer: str = option("bpe:4096", "byte, char, bpe:VOCAB (trained on the data), or a tokenizer.json", path=True)
     val_fraction: float = option(0.1, "share of the text kept for validation (of the files, or the end of one file)")
     text_mb: float | None = option(
         None, "megabytes of text to read: whole files chosen evenly, or the start of one file (default: all)"
