@@ -39,7 +39,7 @@ class PathType(click.Path):
         super().__init__(path_type=Path, dir_okay=dir_okay)
 
     def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(_local_path(self, os.fspath(value), param, ctx), param, ctx)
+        return super().convert(_converted(self, os.fspath(value), param, ctx), param, ctx)
 
 
 class NameOrPath(click.ParamType):
@@ -51,7 +51,7 @@ class NameOrPath(click.ParamType):
         self.urls = urls
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return value if self.urls and URL.match(value) else _local_path(self, value, param, ctx)
+        return value if self.urls and URL.match(value) else _converted(self, value, param, ctx)
 
 
 PATH, FILE = PathType(), PathType(dir_okay=False)
@@ -71,12 +71,12 @@ def local_path(text: str) -> str:
             " s3fs), or give a local directory and copy it (gcloud storage cp -r)."
         )
     expanded = os.path.expanduser(text)
-    if expanded.partition("/")[0] == "~":
+    if text.partition("/")[0] == "~" and (expanded == text or os.environ.get("HOME") == ""):
         raise ValueError(f"{text}: ~ stands for no directory, as HOME is not set. Write the path out.")
     return expanded
 
 
-def _local_path(kind: click.ParamType, text: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+def _converted(kind: click.ParamType, text: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
     try:
         return local_path(text)
     except ValueError as error:

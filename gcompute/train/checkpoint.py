@@ -8,6 +8,7 @@ name only when it is whole; what a crash left half-written is swept away on the 
 import itertools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,19 +23,28 @@ from jax.experimental import multihost_utils
 from gcompute.model.pretrained import META, OPTIMIZER, PARAMS, saved_steps, unreadable
 from gcompute.train.step import TrainState
 
+# etils, by which Orbax opens paths, takes these for the beginning of a URL wherever they stand.
+BUCKETS = {"gs:", "s3:", "az:"}
+
 
 def check_path(directory: Path) -> None:
-    """Refuse a path from which a checkpoint could be written and not be read.
+    """Refuse a path where a checkpoint could not be written, or not be read again.
 
     Raises:
-      ValueError: the path holds a character of a file name pattern, by which Orbax looks for its own files.
+      ValueError: the path holds a character of a file name pattern, by which Orbax looks for its own files, a name
+        that it takes for a bucket's, or bytes that are not UTF-8.
     """
-    found = sorted(set("[*?") & set(str(directory.absolute())))
-    if found:
-        raise ValueError(
-            f"{directory} cannot keep checkpoints: {' '.join(found)} in its path stands for other characters. Choose a"
-            " directory without it."
-        )
+    path = directory.absolute()
+    why = ""
+    if found := sorted(set("[*?\\") & set(str(path))):
+        why = f"{' '.join(found)} in its path stands for other characters"
+    elif found := sorted(BUCKETS & set(path.parts)):
+        why = f"{found[0]} in its path stands for a bucket"
+    elif re.search("[\ud800-\udfff]", str(path)):
+        why = "its path is not UTF-8"
+    if why:
+        shown = str(directory).encode("utf-8", errors="backslashreplace").decode("utf-8")
+        raise ValueError(f"{shown} cannot keep checkpoints: {why}. Choose a directory without that.")
 
 
 class OtherRun(ValueError):
