@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from gcompute.cli.api_key import FILE_HELP, VARIABLE, chosen_key
 from gcompute.cli.flags import FILE, NameOrPath, SectionedCommand, config_options, given
 from gcompute.config.bench import LoadConfig, PlanConfig, PromptConfig
 from gcompute.config.serve import QUANTIZED, ServeConfig
@@ -32,7 +33,8 @@ class BenchServeCommand(SectionedCommand):
 @click.command(cls=BenchServeCommand)
 @click.argument("server", type=NameOrPath(urls=True), metavar="URL|CHECKPOINT")
 @click.option("--name", default=None, help="Model name that requests use.  [the first that the server lists]")
-@click.option("--api-key", envvar="GCOMPUTE_API_KEY", show_envvar=True, help="Key that the server wants.  [none]")
+@click.option("--api-key", envvar=VARIABLE, show_envvar=True, help="Key that the server wants.  [none]")
+@click.option("--api-key-file", type=FILE, help=FILE_HELP)
 @click.option("--chips", "chip_file", type=FILE, envvar="GCOMPUTE_CHIPS")
 @click.option("--plot", type=FILE, help="Draw to .png or .html.")
 @click.option("--out", type=FILE, help="Write all, every request too, as JSON.")
@@ -45,6 +47,7 @@ def command(
     server: str,
     name: str | None,
     api_key: str | None,
+    api_key_file: Path | None,
     chip_file: Path | None,
     plot: Path | None,
     out: Path | None,
@@ -60,6 +63,7 @@ def command(
 
     Exit status 0: requests were served; 1: none was, or the server died; 2: it cannot be benchmarked so; 130: Ctrl-C.
     """
+    key = chosen_key(api_key, api_key_file)
     load = LoadConfig(**given(LoadConfig, values))
     prompts = PromptConfig(**given(PromptConfig, values))
     plan = PlanConfig(**given(PlanConfig, values))
@@ -109,7 +113,7 @@ def command(
     child: CheckpointServer | None = None
     if "://" in server:
         Address.parse(server)
-        bench = bench_at(server, None, name, api_key)
+        bench = bench_at(server, None, name, key)
     else:
         _check_checkpoint(server)
         with (
@@ -171,7 +175,7 @@ def _more_fields(body: str | None) -> dict[str, Any]:
         return {}
     try:
         more = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--body is not JSON: {error}.") from None
     if not isinstance(more, dict):
         raise ValueError(f"--body must be a JSON object, got {body[:40]}.")

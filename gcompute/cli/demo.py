@@ -13,7 +13,7 @@ from gcompute.cli.environment import quiet_backends, restart_fast, use_compilati
 from gcompute.cli.flags import PATH, SectionedCommand
 from gcompute.config.serve import ServeConfig
 from gcompute.config.train import RunConfig
-from gcompute.measure.cache import cache_directory
+from gcompute.measure.cache import cache_directory, writable_cache
 
 PROMPTS = (
     "def __init__(self",
@@ -72,6 +72,7 @@ def command(out: Path, minutes: float, steps: int | None, again: bool, as_json: 
     from gcompute.measure.machine import look
 
     make_directory(out)
+    writable_cache()
     use_compilation_cache()
     machine = look().to_dict()
     roofline = measured_roofline(cache_directory(), console)
@@ -110,7 +111,7 @@ def command(out: Path, minutes: float, steps: int | None, again: bool, as_json: 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -160,7 +161,7 @@ def _trained(
         session = train_session(
             run,
             out=out,
-            cache=cache_directory(),
+            cache=writable_cache(),
             resume=resume,
             profile=False,
             vocab_given=resume,

@@ -180,7 +180,7 @@ def read_toml(path: Path, sections: Mapping[str, type]) -> dict[str, dict[str, A
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"config file {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config file {path} does not parse as TOML: {error}.") from None
     read: dict[str, dict[str, Any]] = {}
     for name, values in document.items():

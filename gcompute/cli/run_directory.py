@@ -52,7 +52,7 @@ def stored_choices(out: Path) -> Choices | None:
     from gcompute.model.pretrained import CHECKPOINTS, saved_steps
 
     for path in (out / RUN, *(_meta(out, step) for step in reversed(saved_steps(out / CHECKPOINTS)))):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             chosen = json.loads(path.read_text(encoding="utf-8"))[CHOSEN]
             reasons = {str(name): str(reason) for name, reason in chosen["reasons"].items()}
             if reasons.keys() <= {field.name for field in fields(TrainConfig)}:
@@ -178,12 +178,12 @@ def stored_run(out: Path) -> tuple[RunConfig, str | None] | None:
     if found:
         try:
             return run_from_plain(json.loads(path.read_text(encoding="utf-8")), source=str(path)), None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = f"is damaged ({error})"
     steps = saved_steps(out / CHECKPOINTS)
     for step in reversed(steps):
         meta = _meta(out, step)
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             run = run_from_plain(json.loads(meta.read_text(encoding="utf-8")), source=str(meta))
             return run, f"{path} {reason}: the configuration is taken from checkpoint {step}."
     if found or steps:

@@ -26,6 +26,7 @@ from gcompute.cli.run_directory import (
     stored_choices,
 )
 from gcompute.config.train import RunConfig
+from gcompute.measure.cache import CORPORA
 from gcompute.measure.machine import Machine, look
 from gcompute.measure.profile import check_trace, device_memory
 from gcompute.measure.roofline import MeasuredRoofline, load_or_measure
@@ -93,7 +94,7 @@ def corpus_directory(cache: Path, run: RunConfig) -> Path:
     where = data.data if data.data == "stdlib" else str(Path(data.data).absolute())
     parts = [where, data.tokenizer, data.val_fraction, data.text_mb]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    return cache / "corpora" / key
+    return cache / CORPORA / key
 
 
 def measured_roofline(cache: Path, console: Console, *, again: bool = False) -> MeasuredRoofline:

@@ -22,7 +22,7 @@ from gcompute.cli.signals import stop_signals
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_config
 from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from gcompute.measure.cache import cache_directory
+from gcompute.measure.cache import writable_cache
 
 # What a resumed run may be given anew: nothing of this changes the steps already done, and the same steps follow. Two
 # exceptions that are asked for: other `steps` move the end of the schedule, another `mesh` adds in another order, as do
@@ -178,6 +178,7 @@ def execute(
     from gcompute.cli.consoles import plain_console
     from gcompute.cli.session import train_session
 
+    cache = writable_cache()
     use_compilation_cache()
     again = f"Go on with: gcompute train --out {shlex.quote(str(out))} --resume"
     try:
@@ -187,7 +188,7 @@ def execute(
             session = train_session(
                 run,
                 out=out,
-                cache=cache_directory(),
+                cache=cache,
                 resume=resume,
                 profile=profile,
                 vocab_given=vocab_given,

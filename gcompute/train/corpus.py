@@ -63,7 +63,7 @@ def prepare(
     }
     try:
         return _open(directory, made_from)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # absent, cut short, damaged, or of something else: all are mended by making it again
     try:
         documents = split_documents(source, data.val_fraction, progress)

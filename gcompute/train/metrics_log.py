@@ -17,11 +17,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row:
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and _is_whole(row):
             rows.append(row)
     return rows
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row of a step or an evaluation has the numbers that are read again."""
+    kind = row.get("kind")
+    counts = [row[name] for name in ("batches", "of_batches") if name in row]
+    whole = len(counts) in (0, 2) and all(isinstance(count, int) for count in counts)
+    return (
+        isinstance(kind, str) and whole and (kind not in ("train", "eval") or isinstance(row.get("loss"), float | int))
+    )
 
 
 class MetricsLog:
