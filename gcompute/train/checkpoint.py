@@ -41,7 +41,7 @@ def check_path(directory: Path) -> None:
     elif found := sorted(BUCKETS & set(path.parts)):
         why = f"{found[0]} in its path stands for a bucket"
     elif re.search("[\ud800-\udfff]", str(path)):
-        why = "its path is not UTF-8"
+        why = "its path is not UTF-8 in this locale, as it may be with LC_ALL=C.UTF-8"
     if why:
         shown = str(directory).encode("utf-8", errors="backslashreplace").decode("utf-8")
         raise ValueError(f"{shown} cannot keep checkpoints: {why}. Choose a directory without that.")
