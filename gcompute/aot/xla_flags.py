@@ -102,7 +102,7 @@ def _read(path: Path) -> dict[str, dict[str, bool]]:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return {jaxlib: {flag: bool(known) for flag, known in flags.items()} for jaxlib, flags in kept.items()}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 

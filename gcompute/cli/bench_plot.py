@@ -10,6 +10,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from gcompute.cli.bench_session import Bench, Point
 from gcompute.cli.plan_plot import save
+from gcompute.config.figure_text import figure_text
 from gcompute.serve.load_report import Spread, tokens_over_time, under_way
 
 BLUE, RED, ORANGE, TEAL, GREY = "#4c78a8", "#e45756", "#f58518", "#439894", "#888888"
@@ -50,7 +51,7 @@ def _one(bench: Bench, point: Point, title: str) -> Figure:
     measured = point.measured
     failed = f", {measured.num_failed:,} failed" if measured.num_failed else ""
     figure.suptitle(
-        f"{title}\n{point.run.arrivals}: {measured.num_ok:,} served{failed},"
+        f"{figure_text(title)}\n{point.run.arrivals}: {measured.num_ok:,} served{failed},"
         f" {measured.output_tokens_per_s:,.0f} output tokens/s. Measured, but for what says predicted.",
         fontsize=11,
     )
@@ -191,7 +192,7 @@ def _sweep(bench: Bench, title: str) -> Figure:
             axes.axhline(limit_s * 1e3, color=RED, ls=":", lw=1.5, label=f"limit: {_ms(limit_s)}")
         axes.legend(fontsize=8.5)
     kind = "requests at once" if all(point.run.arrivals.rate is None for point in bench.points) else "requests a second"
-    figure.suptitle(f"{title}\nnumbers are {kind}", fontsize=11)
+    figure.suptitle(f"{figure_text(title)}\nnumbers are {kind}", fontsize=11)
     return figure
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
-from gcompute.cli.flags import SectionedCommand
+from gcompute.cli.flags import PATH, SectionedCommand
 
 # Weights, keys and values; the first is what the others are set beside.
 FORMATS = (("bfloat16", "bfloat16"), ("int8", "bfloat16"), ("bfloat16", "int8"), ("int8", "int8"))
@@ -20,8 +20,8 @@ class QualityCommand(SectionedCommand):
 
 
 @click.command(cls=QualityCommand)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--text", "text_file", type=click.Path(path_type=Path), required=True, help="UTF-8 text to predict.")
+@click.argument("checkpoint", type=PATH)
+@click.option("--text", "text_file", type=PATH, required=True, help="UTF-8 text to predict.")
 @click.option("--most-tokens", type=click.IntRange(2), default=50_000, help="Read no more of it.  [50000]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--fast/--no-fast", default=True, help="Restart once with huge pages where that is faster.  [fast]")
@@ -38,13 +38,13 @@ def command(checkpoint: Path, text_file: Path, most_tokens: int, as_json: bool, 
     quiet_backends()
     use_compilation_cache()
     import numpy as np
-    from rich.console import Console
     from rich.table import Table
 
+    from gcompute.cli.consoles import plain_console
     from gcompute.model.pretrained import load
     from gcompute.serve.quality import validation_loss
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     model = load(checkpoint, notice=lambda said: console.print(f"notice: {said}", soft_wrap=True))
     tokens = np.array(model.tokenizer.encode(text)[:most_tokens])
     rows = []
@@ -64,4 +64,4 @@ def command(checkpoint: Path, text_file: Path, most_tokens: int, as_json: bool, 
     table.add_column("difference", justify="right")
     for row in rows:
         table.add_row(row["weights"], row["kv"], f"{row['nats_a_token']:.5f}", f"{row['difference']:+.5f}")
-    Console().print(table)
+    plain_console().print(table)

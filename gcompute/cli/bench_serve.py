@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from gcompute.cli.flags import SectionedCommand, config_options, given
+from gcompute.cli.api_key import FILE_HELP, VARIABLE, chosen_key
+from gcompute.cli.flags import FILE, NameOrPath, SectionedCommand, config_options, given
 from gcompute.config.bench import LoadConfig, PlanConfig, PromptConfig
 from gcompute.config.serve import QUANTIZED, ServeConfig
 
@@ -30,12 +31,13 @@ class BenchServeCommand(SectionedCommand):
 
 
 @click.command(cls=BenchServeCommand)
-@click.argument("server", metavar="URL|CHECKPOINT")
+@click.argument("server", type=NameOrPath(urls=True), metavar="URL|CHECKPOINT")
 @click.option("--name", default=None, help="Model name that requests use.  [the first that the server lists]")
-@click.option("--api-key", envvar="GCOMPUTE_API_KEY", show_envvar=True, help="Key that the server wants.  [none]")
-@click.option("--chips", "chip_file", type=click.Path(path_type=Path, dir_okay=False), envvar="GCOMPUTE_CHIPS")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw to .png or .html.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write all, every request too, as JSON.")
+@click.option("--api-key", envvar=VARIABLE, show_envvar=True, help="Key that the server wants.  [none]")
+@click.option("--api-key-file", type=FILE, help=FILE_HELP)
+@click.option("--chips", "chip_file", type=FILE, envvar="GCOMPUTE_CHIPS")
+@click.option("--plot", type=FILE, help="Draw to .png or .html.")
+@click.option("--out", type=FILE, help="Write all, every request too, as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @config_options(LoadConfig, "Load")
 @config_options(PromptConfig, "Requests")
@@ -45,6 +47,7 @@ def command(
     server: str,
     name: str | None,
     api_key: str | None,
+    api_key_file: Path | None,
     chip_file: Path | None,
     plot: Path | None,
     out: Path | None,
@@ -60,6 +63,7 @@ def command(
 
     Exit status 0: requests were served; 1: none was, or the server died; 2: it cannot be benchmarked so; 130: Ctrl-C.
     """
+    key = chosen_key(api_key, api_key_file)
     load = LoadConfig(**given(LoadConfig, values))
     prompts = PromptConfig(**given(PromptConfig, values))
     plan = PlanConfig(**given(PlanConfig, values))
@@ -81,15 +85,14 @@ def command(
         both = (("weights", plan.weights), ("kv", plan.kv or plan.weights))
         serve |= {name: dtype for name, dtype in both if dtype in QUANTIZED}
     ServeConfig(**serve)
-    from rich.console import Console
-
     from gcompute.cli.bench_plan import make_planner
     from gcompute.cli.bench_server import CheckpointServer, checkpoint_server
     from gcompute.cli.bench_session import INTERRUPTED, Bench, Session
     from gcompute.cli.bench_show import LoadProgress, show_bench
+    from gcompute.cli.consoles import plain_console
     from gcompute.serve.load_client import Address
 
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(stderr=True)
 
     def bench_at(url: str, served: Any, name: str | None, key: str | None) -> Bench:
         with LoadProgress(console) as progress:
@@ -110,7 +113,7 @@ def command(
     child: CheckpointServer | None = None
     if "://" in server:
         Address.parse(server)
-        bench = bench_at(server, None, name, api_key)
+        bench = bench_at(server, None, name, key)
     else:
         _check_checkpoint(server)
         with (
@@ -126,21 +129,29 @@ def command(
     if out is not None:
         full = {**document, **bench.to_dict(with_requests=True)}
         out.write_text(json.dumps(full, allow_nan=False) + "\n", encoding="utf-8")
-    if plot is not None and bench.points:
-        from gcompute.cli.bench_plot import plot_bench
-
-        plot_bench(bench, plot)
+    drawn = plot is not None and bench.points and _drawn(bench, plot, console)
     if as_json:
         print(json.dumps(document, allow_nan=False))
     else:
         show_bench(bench)
-        for path, what in ((plot, "drawn"), (out, "written")):
+        for path, what in ((plot if drawn else None, "drawn"), (out, "written")):
             if path is not None:
                 print(f"{what} to {path}")
     if bench.stopped == INTERRUPTED:
         raise KeyboardInterrupt
     if bench.stopped or not any(point.measured.num_ok for point in bench.points):
         raise SystemExit(NOTHING_SERVED)
+
+
+def _drawn(bench: Any, plot: Path, console: Any) -> bool:
+    from gcompute.cli.pictures import try_to_draw
+
+    def draw() -> None:
+        from gcompute.cli.bench_plot import plot_bench
+
+        plot_bench(bench, plot)
+
+    return try_to_draw(draw, plot, lambda text: console.print(f"notice: {text}", soft_wrap=True))
 
 
 @contextmanager
@@ -164,7 +175,7 @@ def _more_fields(body: str | None) -> dict[str, Any]:
         return {}
     try:
         more = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--body is not JSON: {error}.") from None
     if not isinstance(more, dict):
         raise ValueError(f"--body must be a JSON object, got {body[:40]}.")

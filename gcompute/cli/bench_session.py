@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gcompute.cli.bench_plan import Planner
+from gcompute.cli.signals import stop_signals
 from gcompute.config.bench import DEFAULT_OUTPUT, DEFAULT_PROMPT, LoadConfig, PromptConfig
 from gcompute.config.fields import nearest
 from gcompute.serve.load import Arrivals, GivenPrompts, Lengths, Prompts, RandomPrompts, fit_words, read_prompts
@@ -292,11 +293,11 @@ async def _fitted(client: Client, calls: Calls, prompts: RandomPrompts) -> Rando
 
 @contextmanager
 def _stopped_by_signals(stop: Stop) -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the load, and what was measured is kept. Off the main thread no signal is heard."""
+    """Ctrl-C, SIGTERM and SIGHUP stop the load and keep what was measured; off the main thread no signal is heard."""
     loop = asyncio.get_running_loop()
     signals: Sequence[signal.Signals] = ()
     if threading.current_thread() is threading.main_thread():
-        signals = (signal.SIGINT, signal.SIGTERM)
+        signals = stop_signals()
     for number in signals:
         loop.add_signal_handler(number, stop, INTERRUPTED)
     try:

@@ -8,6 +8,7 @@ then {"ready": ...}, or {"error": ...} for what was asked wrongly. A second line
 import dataclasses
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -20,6 +21,8 @@ from gcompute.config.serve import ServeConfig
 def main() -> None:
     """Serve what standard input asks for."""
     tell = open_answers()
+    # The one who asked stops the load by it, and then this process.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     request = json.loads(sys.stdin.readline())
     try:
         serve_checkpoint(request, tell)

@@ -19,7 +19,7 @@ from gcompute.aot.xla_flags import FAST_COMPILES, add_flags
 from gcompute.certify.strategies import STRATEGIES
 from gcompute.cli import certify_serving
 from gcompute.cli.environment import quiet_backends
-from gcompute.cli.flags import SectionedCommand
+from gcompute.cli.flags import PATH, SectionedCommand
 from gcompute.cli.worker import start_worker
 from gcompute.config.fields import nearest
 from gcompute.hardware.target import Target
@@ -60,9 +60,7 @@ class CertifyCommand(SectionedCommand, click.Group):
     "--on", "target_text", help=f"Compile every row for this target too, as in v5e:2x4.  Needs: {INSTALL['tpu']}"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option(
-    "--html", "html_path", type=click.Path(path_type=Path), help="Write one self-contained page to this file."
-)
+@click.option("--html", "html_path", type=PATH, help="Write one self-contained page to this file.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -96,15 +94,14 @@ def command(
     if "jax" not in sys.modules:
         _fake_devices(devices)
     quiet_backends()
-    from rich.console import Console
-
     from gcompute.certify.certificate import certify, counts, select
+    from gcompute.cli.consoles import plain_console
 
     selection = select(strategy, devices=devices, quick=quick)
     most = max(subject.mesh.num_devices for subject in selection.subjects)
     if target is not None and target.num_devices < most:
         raise ValueError(f"these rows need {most} devices and {target} has {target.num_devices}. Use a larger slice.")
-    started, errors = time.perf_counter(), Console(stderr=True)
+    started, errors = time.perf_counter(), plain_console(stderr=True)
     rows = list(_watched(certify(selection.subjects), "certifying", len(selection.subjects), errors))
     if target is not None:
         request = {"target": str(target), "strategy": strategy, "devices": devices, "quick": quick}
@@ -120,9 +117,9 @@ def command(
     }
     if html_path is not None:
         from gcompute.cli.certificate_page import render
-        from gcompute.cli.session import write_atomically
+        from gcompute.measure.whole_file import write_whole
 
-        write_atomically(html_path, render(result))
+        write_whole(html_path, render(result))
     if as_json:
         print(json.dumps(result))
     else:
@@ -203,15 +200,15 @@ def _answers(request: dict[str, Any], target: Target) -> Iterator[dict[str, Any]
 
 def _show(result: dict[str, Any]) -> None:
     """Print the certificate as tables, what is red, and a verdict."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from gcompute.cli.certificate_page import LEGEND, TITLES, collectives_text, exact_text, ratio_text, summary
+    from gcompute.cli.consoles import plain_console
 
-    console = Console(highlight=False)
+    console = plain_console()
     if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
+        console = plain_console(width=WIDTH)
     colours = {"equal": "green", "differs": "bold red"}
     for form, title in TITLES.items():
         rows = [row for row in result["rows"] if row["form"] == form and row["refusal"] is None]

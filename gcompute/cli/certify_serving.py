@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from gcompute.cli.environment import quiet_backends, use_compilation_cache
-from gcompute.cli.flags import SectionedCommand
+from gcompute.cli.flags import PATH, SectionedCommand
 from gcompute.config.serve import ServeConfig
 
 RED = 1
@@ -26,7 +26,7 @@ class ServingCommand(SectionedCommand):
 
 
 @click.command(cls=ServingCommand, name="serving")
-@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("checkpoint", type=PATH, required=False)
 @click.option("--requests", type=click.IntRange(3), default=1000, help="Random requests, over all models.  [1000]")
 @click.option("--deterministic", is_flag=True, help="Every bit the same, in every way of serving.")
 @click.option("--precision", default="float32", show_default=True, type=click.Choice(("float32", "bfloat16")))
@@ -56,13 +56,12 @@ def command(
     """
     quiet_backends()
     use_compilation_cache()
-    from rich.console import Console
-
     from gcompute.certify.serving.certificate import Subject, prove_default, prove_deterministic
     from gcompute.certify.serving.models import FORMS, small_params
+    from gcompute.cli.consoles import plain_console
     from gcompute.cli.progress import WorkProgress
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     serve = ServeConfig(precision=precision, slots=slots)
     subjects = []
     if checkpoint is None:
@@ -104,14 +103,14 @@ def _quiet(done: int) -> None:
 
 def show(result: dict[str, Any]) -> None:
     """Print counts, every token that differs, the ways of serving, and a verdict."""
-    from rich.console import Console
     from rich.table import Table
 
     from gcompute.cli.certify import WIDTH
+    from gcompute.cli.consoles import plain_console
 
-    console = Console(highlight=False)
+    console = plain_console()
     if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
+        console = plain_console(width=WIDTH)
     table = Table(title=f"{result['mode']} mode, {result['precision']}: tokens beside the reference's choices")
     columns = (
         "requests",

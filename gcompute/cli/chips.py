@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from gcompute.cli.flags import SectionedCommand
+from gcompute.cli.flags import FILE, SectionedCommand
 from gcompute.hardware.catalogue import catalogue, catalogue_with, find_chip
 from gcompute.hardware.chip import Chip, Figure
 
@@ -32,7 +32,7 @@ class ChipsCommand(SectionedCommand):
 @click.option(
     "--file",
     "path",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     envvar="GCOMPUTE_CHIPS",
     help="TOML file with chips and prices of your own (or set GCOMPUTE_CHIPS).",
 )
@@ -65,8 +65,7 @@ def _plain(chip: Chip) -> dict[str, Any]:
 
 def measured_chip(*, again: bool = False) -> Chip:
     """The device at hand as a chip: what its roofline came to (measured anew with `again`), and its memory."""
-    from rich.console import Console
-
+    from gcompute.cli.consoles import plain_console
     from gcompute.cli.environment import quiet_backends
 
     quiet_backends()
@@ -75,7 +74,7 @@ def measured_chip(*, again: bool = False) -> Chip:
     from gcompute.measure.machine import look
 
     machine = look()
-    roofline = measured_roofline(cache_directory(), Console(stderr=True), again=again)
+    roofline = measured_roofline(cache_directory(), plain_console(stderr=True), again=again)
     peaks = dict(roofline.matmul_flops_per_s)
     figures = {
         f"peak_flops_per_s.{dtype}": Figure(value=peak, unit="FLOP/s", source=MEASURED) for dtype, peak in peaks.items()
@@ -96,8 +95,9 @@ def measured_chip(*, again: bool = False) -> Chip:
 
 
 def _show_all(chips: Mapping[str, Chip]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from gcompute.cli.consoles import plain_console
 
     table = Table(title="chips: dense peaks in TFLOP/s or TOP/s (datasheets)", title_justify="left")
     table.add_column("chip", no_wrap=True)
@@ -113,7 +113,7 @@ def _show_all(chips: Mapping[str, Chip]) -> None:
             _number(link, 1e9),
             _number(chip.usd_per_hour, 1),
         )
-    console = Console()
+    console = plain_console()
     console.print(table)
     console.print("link: one direction of an ICI link, or of one GPU into NVLink. `gcompute chips NAME` shows sources.")
 
@@ -123,10 +123,11 @@ def _number(value: float | None, unit: float) -> str:
 
 
 def _show_one(chip: Chip) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, highlight=False)
+    from gcompute.cli.consoles import plain_console
+
+    console = plain_console()
     console.print(f"{chip.name}: {chip.about} ({chip.kind})")
     table = Table()
     table.add_column("figure", no_wrap=True)

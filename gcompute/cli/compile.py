@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from gcompute.aot.target import INSTALL, check_installed, compile_target
-from gcompute.cli.flags import ExampleGroup, MeshType, SectionedCommand, config_options, given, read_toml
+from gcompute.cli.flags import MODEL, PATH, ExampleGroup, MeshType, SectionedCommand, config_options, given, read_toml
 from gcompute.cli.run_directory import SECTIONS
 from gcompute.cli.worker import start_worker
 from gcompute.config.mesh import MeshShape
@@ -77,10 +77,10 @@ def command(ctx: click.Context) -> None:
 
 
 @command.command(name="train", cls=CompileTrainCommand)
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option("--on", "target_text", required=True, help=f"v5e:4x4, 2*v5e:4x4, h100:8, cpu:8.  Needs: {NEEDS}")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML: [model] [optimizer] [train].")
-@click.option("--hlo", type=click.Path(path_type=Path), help="Write the compiled program's text to this file.")
+@click.option("--config", "config_file", type=PATH, help="TOML: [model] [optimizer] [train].")
+@click.option("--hlo", type=PATH, help="Write the compiled program's text to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @config_options(TrainConfig, "Training", NOT_OF_A_STEP)
 @config_options(OptimizerConfig, "Training", OTHER_OPTIMIZER_FIELDS)
@@ -113,7 +113,7 @@ def train(
 
 
 @command.command(name="serve", cls=CompileServeCommand)
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option("--on", "target_text", required=True, help=f"v5e:2x4, h100:8, cpu:8.  Needs: {NEEDS}")
 @click.option("--mesh", type=MeshType(), help="data=2,tensor=4; data and fsdp split the slots.  [tensor=all devices]")
 @click.option("--attention", type=click.Choice(tuple(PAGED_PROGRAMS)), help="Keys and values in pages, attended to so.")
@@ -121,7 +121,7 @@ def train(
 @click.option("--context", type=click.IntRange(min=1), help="Cells of the cache of a slot.  [the model's context]")
 @click.option("--prompt", type=click.IntRange(min=1), help="Tokens that the prefill has room for.  [half the context]")
 @click.option("--tokens", type=click.IntRange(min=1), help=f"Tokens of a mixed step, all rows'.  [{MIXED_TOKENS}]")
-@click.option("--hlo", type=click.Path(path_type=Path), help="Write the text of the one --program to this file.")
+@click.option("--hlo", type=PATH, help="Write the text of the one --program to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @config_options(ServeConfig, "Serving", NOT_OF_A_SERVING_PROGRAM)
 @config_options(
@@ -258,9 +258,9 @@ def compile_elsewhere(request: dict[str, Any], target: Target) -> dict[str, Any]
 
 def _spinner() -> Any:
     """A line that turns on standard error, on a terminal only."""
-    from rich.console import Console
+    from gcompute.cli.consoles import plain_console
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     if not console.is_terminal:
         return nullcontext()
     return console.status("starting the compiler")
@@ -268,11 +268,10 @@ def _spinner() -> Any:
 
 def _show(model: str, run: RunConfig, report: dict[str, Any]) -> None:
     """Print the report as tables."""
-    from rich.console import Console
-
+    from gcompute.cli.consoles import plain_console
     from gcompute.cli.progress import duration
 
-    console = Console(markup=False, highlight=False)
+    console = plain_console()
     config = run.train
     console.print(
         f"{model}: one train step on {report['target']} ({report['num_devices']:,} devices), mesh {config.mesh}, batch"
@@ -285,11 +284,10 @@ def _show(model: str, run: RunConfig, report: dict[str, Any]) -> None:
 
 
 def _show_serving(model: str, asked: dict[str, Any], reports: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
-
+    from gcompute.cli.consoles import plain_console
     from gcompute.cli.progress import duration
 
-    console = Console(markup=False, highlight=False)
+    console = plain_console()
     for program, report in reports.items():
         console.print(
             f"{model}: {program} on {report['target']} ({report['num_devices']:,} devices), mesh {asked['mesh']},"

@@ -10,10 +10,10 @@ import click
 
 from gcompute.cli.demo_size import LADDER, DemoSize, size_demo
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
-from gcompute.cli.flags import SectionedCommand
+from gcompute.cli.flags import PATH, SectionedCommand
 from gcompute.config.serve import ServeConfig
 from gcompute.config.train import RunConfig
-from gcompute.measure.cache import cache_directory
+from gcompute.measure.cache import cache_directory, writable_cache
 
 PROMPTS = (
     "def __init__(self",
@@ -40,9 +40,7 @@ class DemoCommand(SectionedCommand):
 
 
 @click.command(cls=DemoCommand)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Run directory."
-)
+@click.option("--out", type=PATH, default=Path("runs/demo"), show_default=True, help="Run directory.")
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
@@ -60,19 +58,21 @@ def command(out: Path, minutes: float, steps: int | None, again: bool, as_json: 
     The model and its steps are sized by the prediction for about two minutes of training on this machine. Running it
     again continues from its last checkpoint; what is finished is reused.
     """
-    started = time.time()
+    started = time.monotonic()
     restart_fast(fast)
     quiet_backends()
-    from rich.console import Console
+    from gcompute.cli.consoles import plain_console
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     console.rule("1  this machine")
     from gcompute.cli.machine import show_machine
+    from gcompute.cli.pictures import try_to_draw
     from gcompute.cli.progress import duration
     from gcompute.cli.session import make_directory, measured_roofline
     from gcompute.measure.machine import look
 
     make_directory(out)
+    writable_cache()
     use_compilation_cache()
     machine = look().to_dict()
     roofline = measured_roofline(cache_directory(), console)
@@ -89,19 +89,29 @@ def command(out: Path, minutes: float, steps: int | None, again: bool, as_json: 
     console.rule("4  serve")
     serving = _served(out, console, again=again)
     console.rule("5  report")
-    path = _reported(machine, session, baselines, serving, out)
+    path = out / REPORT
+    reported = try_to_draw(
+        lambda: _report(machine, session, baselines, serving, path),
+        path,
+        lambda text: console.print(f"notice: {text}", soft_wrap=True),
+    )
     val_loss = session["measured"]["val_loss"]
     for name, loss in baselines.items():
         console.print(f"validation loss, {name}: {loss:.4f} nats a token; this model: {val_loss:.4f}")
-    console.print(f"report: {path.absolute()}", soft_wrap=True)
+    if reported:
+        console.print(f"report: {path.absolute()}", soft_wrap=True)
     if as_json:
-        print(json.dumps({**session, "baselines": baselines, "serving": serving, "report": str(path)}))
+        print(
+            json.dumps(
+                {**session, "baselines": baselines, "serving": serving, "report": str(path) if reported else None}
+            )
+        )
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -135,8 +145,9 @@ def _trained(
     run: RunConfig, out: Path, started: float, roofline: Any, console: Any
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The session's plain values and the baselines: kept ones if training is finished, else after finishing it."""
-    from gcompute.cli.session import corpus_directory, train_session, write_atomically
+    from gcompute.cli.session import corpus_directory, train_session
     from gcompute.cli.train import stop_on_interrupt
+    from gcompute.measure.whole_file import write_whole
     from gcompute.train.corpus import prepare
     from gcompute.train.loop import open_data
     from gcompute.train.ngram import bigram_loss, unigram_loss
@@ -150,7 +161,7 @@ def _trained(
         session = train_session(
             run,
             out=out,
-            cache=cache_directory(),
+            cache=writable_cache(),
             resume=resume,
             profile=False,
             vocab_given=resume,
@@ -170,14 +181,14 @@ def _trained(
     sides = (corpus.train, corpus.val, corpus.tokenizer.vocab_size, stretches)
     baselines = {"unigram": unigram_loss(*sides), "bigram": bigram_loss(*sides)}
     values = {**session.to_dict(), "baselines": baselines}
-    write_atomically(out / "session.json", json.dumps(values, indent=2) + "\n")
+    write_whole(out / "session.json", json.dumps(values, indent=2) + "\n")
     return values, baselines
 
 
 def _served(out: Path, console: Any, *, again: bool) -> dict[str, Any]:
     """Serve the checkpoint on this machine, send it prompts together, and print what came back."""
     from gcompute.cli.progress import WorkProgress, duration
-    from gcompute.cli.session import write_atomically
+    from gcompute.measure.whole_file import write_whole
     from gcompute.model.pretrained import load
     from gcompute.serve.client import measure
     from gcompute.serve.engine import Engine
@@ -213,20 +224,18 @@ def _served(out: Path, console: Any, *, again: bool) -> dict[str, Any]:
     for name, value in summary.items():
         console.print(f"{name:<26}{value}", highlight=False)
     serving = {"step": model.step, "requests": completions, "summary": summary, "wall_s": load_.wall_s}
-    write_atomically(out / "serving.json", json.dumps(serving, indent=2) + "\n")
+    write_whole(out / "serving.json", json.dumps(serving, indent=2) + "\n")
     return serving
 
 
-def _reported(
-    machine: dict[str, Any], session: dict[str, Any], baselines: dict[str, float], serving: dict[str, Any], out: Path
-) -> Path:
+def _report(
+    machine: dict[str, Any], session: dict[str, Any], baselines: dict[str, float], serving: dict[str, Any], path: Path
+) -> None:
     from gcompute.cli.report import ReportData, write_report
     from gcompute.train.curve import plot_loss
     from gcompute.train.loop import METRICS
     from gcompute.train.metrics_log import read_metrics
 
-    curve = out / "loss.png"
-    plot_loss(read_metrics(out / METRICS), curve, title="gcompute demo: loss by step", baselines=baselines)
-    path = out / REPORT
+    curve = path.with_name("loss.png")
+    plot_loss(read_metrics(path.with_name(METRICS)), curve, title="gcompute demo: loss by step", baselines=baselines)
     write_report(ReportData(machine=machine, session=session, baselines=baselines, serving=serving), curve, path)
-    return path

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,7 @@ TUNABLE = "glibc.malloc.hugetlb=1"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SWITCH = "GCOMPUTE_FAST"
 THREADS_A_FAKE_DEVICE = 8
+MIN_COMPILE_S = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 
 def fast_environment(environment: dict[str, str], huge_pages: str) -> dict[str, str] | None:
@@ -76,11 +78,21 @@ def threads_for_fake_devices() -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between processes, unless the user keeps them elsewhere (JAX_COMPILATION_CACHE_DIR)."""
+    """Keep compiled programs between processes: in JAX_COMPILATION_CACHE_DIR, or else beside all that is cached.
+
+    Where that cannot be written programs are compiled anew each time.
+    """
     import jax
 
     directory = "jax_compilation_cache_dir"
-    if getattr(jax.config, directory) is not None:
-        return
-    jax.config.update(directory, str(cache_directory() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if getattr(jax.config, directory) is None:
+        kept = cache_directory() / "xla"
+        try:
+            kept.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=kept):
+                pass
+        except OSError:
+            return
+        jax.config.update(directory, str(kept))
+    if MIN_COMPILE_S not in os.environ:
+        jax.config.update(MIN_COMPILE_S.lower(), 0.3)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from gcompute.cli.environment import quiet_backends
-from gcompute.cli.flags import MeshType, SectionedCommand
+from gcompute.cli.flags import FILE, MODEL, MeshType, SectionedCommand
 from gcompute.config.mesh import Axis, MeshShape
 from gcompute.config.presets import model_config
 from gcompute.config.train import MOST_ZERO, OPTIMIZERS, OptimizerConfig
@@ -24,12 +24,12 @@ class ExplainCommand(SectionedCommand):
 
 
 @click.command(cls=ExplainCommand)
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option("--mesh", type=MeshType(), default="", help="Mesh axes and sizes, as in fsdp=4,tensor=2.  [one device]")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="The state of this optimizer too.")
 @click.option("--zero", type=click.IntRange(0, MOST_ZERO), default=0, help="As `gcompute train --zero`.  [0]")
 @click.option("--tensor", "wanted", default="", help="Only tensors with this in their name.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the parameters to this PNG file.")
+@click.option("--plot", type=FILE, help="Draw the parameters to this PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str, mesh: MeshShape, optimizer: str | None, zero: int, wanted: str, plot: Path | None, as_json: bool

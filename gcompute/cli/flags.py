@@ -1,6 +1,8 @@
 """Flags from dataclasses: every field of a configuration is an option, and a TOML file says the same."""
 
 import dataclasses
+import os
+import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from gcompute.config.fields import nearest
 from gcompute.config.mesh import MeshShape
 from gcompute.config.plain import from_plain, value_type
 
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -27,6 +30,57 @@ class MeshType(click.ParamType):
             return MeshShape.parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class PathType(click.Path):
+    """A path on this machine, as a Path; see `local_path`."""
+
+    def __init__(self, *, dir_okay: bool = True):
+        super().__init__(path_type=Path, dir_okay=dir_okay)
+
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(_converted(self, os.fspath(value), param, ctx), param, ctx)
+
+
+class NameOrPath(click.ParamType):
+    """A name, or a path on this machine, as text; urls: or a URL, which is left as it is."""
+
+    name = "text"
+
+    def __init__(self, *, urls: bool = False):
+        self.urls = urls
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return value if self.urls and URL.match(value) else _converted(self, value, param, ctx)
+
+
+PATH, FILE = PathType(), PathType(dir_okay=False)
+# MODEL: a preset, or a file that describes a model.
+MODEL = NAME_OR_PATH = NameOrPath()
+
+
+def local_path(text: str) -> str:
+    """A path on this machine, with the home directory in place of a leading ~.
+
+    Raises:
+      ValueError: it is a URL, as of a bucket, or there is no home directory.
+    """
+    if URL.match(text):
+        raise ValueError(
+            f"{text} is not a path on this machine, and only such are read and written. Mount the bucket (gcsfuse,"
+            " s3fs), or give a local directory and copy it (gcloud storage cp -r)."
+        )
+    expanded = os.path.expanduser(text)
+    if text.partition("/")[0] == "~" and (expanded == text or os.environ.get("HOME") == ""):
+        raise ValueError(f"{text}: ~ stands for no directory, as HOME is not set. Write the path out.")
+    return expanded
+
+
+def _converted(kind: click.ParamType, text: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    try:
+        return local_path(text)
+    except ValueError as error:
+        kind.fail(str(error), param, ctx)
 
 
 class SectionedCommand(click.Command):
@@ -99,6 +153,7 @@ def config_options(
             options.append(click.option(f"{flag}/--no-{flag[2:]}", **settings))
         else:
             parsed = MeshType() if kind is MeshShape else click.Choice(choices) if choices else kind
+            parsed = NAME_OR_PATH if field.metadata.get("path") else parsed
             options.append(click.option(flag, type=parsed, **settings))
 
     def decorate(command: Command) -> Command:
@@ -125,11 +180,14 @@ def read_toml(path: Path, sections: Mapping[str, type]) -> dict[str, dict[str, A
         document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"config file {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config file {path} does not parse as TOML: {error}.") from None
     read: dict[str, dict[str, Any]] = {}
     for name, values in document.items():
         if name not in sections or not isinstance(values, dict):
             raise ValueError(f"{path}: section {name!r} is not known. {nearest(name, sections)}")
         read[name] = from_plain(sections[name], values, source=f"{path} [{name}]")
+        for field in dataclasses.fields(sections[name]):
+            if field.metadata.get("path") and read[name].get(field.name) is not None:
+                read[name][field.name] = local_path(read[name][field.name])
     return read

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
-from gcompute.cli.flags import SectionedCommand
+from gcompute.cli.flags import PATH, SectionedCommand
 from gcompute.config.serve import ServeConfig
 from gcompute.config.train import AUTO, PRECISIONS
 
@@ -22,7 +22,7 @@ class GenerateCommand(SectionedCommand):
 
 
 @click.command(cls=GenerateCommand)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
 @click.argument("prompt")
 @click.option("--max-tokens", default=100, show_default=True, help="Most tokens to write.")
 @click.option("--temperature", default=0.8, show_default=True, help="0 takes the likeliest token each time.")
@@ -43,14 +43,13 @@ def command(
     if num < 1:
         raise ValueError(f"--num must be at least 1, got {num}.")
     use_compilation_cache()
-    from rich.console import Console
-
+    from gcompute.cli.consoles import plain_console
     from gcompute.cli.progress import WorkProgress
     from gcompute.model.pretrained import load
     from gcompute.serve.engine import Engine
     from gcompute.serve.request import Sampling
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     model = load(checkpoint, notice=lambda text: console.print(f"notice: {text}", soft_wrap=True))
     sampling["stop"] = tuple(sampling["stop"])
     samplings = [Sampling(**sampling, seed=seed + i) for i in range(num)]

@@ -22,18 +22,17 @@ def command(as_json: bool, again: bool, fast: bool) -> None:
     """Show devices, cores and memory, and the measured roofline: matmul FLOP/s by dtype, memory bytes/s."""
     restart_fast(fast)
     quiet_backends()
-    from rich.console import Console
-
+    from gcompute.cli.consoles import plain_console
     from gcompute.cli.session import measured_roofline
     from gcompute.measure.machine import look
 
     cache = cache_directory()
     machine = look()
-    roofline = measured_roofline(cache, Console(stderr=True), again=again)
+    roofline = measured_roofline(cache, plain_console(stderr=True), again=again)
     if as_json:
         print(json.dumps({"machine": machine.to_dict(), "roofline": roofline.to_dict()}))
         return
-    show_machine(machine.to_dict(), roofline.to_dict(), Console())
+    show_machine(machine.to_dict(), roofline.to_dict(), plain_console())
 
 
 def show_machine(machine: dict[str, Any], roofline: dict[str, Any], console: Any) -> None:

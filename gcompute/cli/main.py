@@ -9,10 +9,13 @@ from typing import Any, NoReturn
 import click
 
 from gcompute import __version__
+from gcompute.cli.streams import endure
 from gcompute.config.fields import nearest
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+# sysexits.h: an error that the program did not foresee.
+FAULT = 70
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,15 +104,19 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line on standard error and leave with the status of a user's error."""
+def fail(message: str, *, status: int = USAGE_ERROR) -> NoReturn:
+    """Print one line on standard error and leave, with the status of a user's error."""
     text = " ".join(message.split())
     print(f"error: {text}", file=sys.stderr, flush=True)
-    raise SystemExit(USAGE_ERROR)
+    raise SystemExit(status)
 
 
 def main(args: list[str] | None = None) -> Any:
     """Run the command line; always ends in SystemExit. GCOMPUTE_TRACEBACK=1 shows where an error came from."""
+    endure()
+    if "matplotlib" not in sys.modules:
+        # Pictures are only ever saved; a notebook hands its own backend down, which may not be installed here.
+        os.environ["MPLBACKEND"] = "agg"
     try:
         status = cli(args=args, prog_name="gcompute", standalone_mode=False)
         raise SystemExit(status if isinstance(status, int) else 0)
@@ -120,6 +127,20 @@ def main(args: list[str] | None = None) -> Any:
     except (click.Abort, KeyboardInterrupt):
         print("interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except (SystemExit, GeneratorExit):
+        raise
+    # A panic of a library in Rust is no Exception.
+    except BaseException as error:
+        if os.environ.get("GCOMPUTE_TRACEBACK"):
+            raise
+        text = str(error)
+        if "Unable to initialize backend" in text:
+            chosen = os.environ.get("JAX_PLATFORMS")
+            fail(f"{text.rstrip('.')}. Unset JAX_PLATFORMS={chosen}, or name what is here: cpu works everywhere.")
+        if isinstance(error, RecursionError):
+            fail("a file that was read nests too deep. Check what it holds.")
+        what = f"{type(error).__name__}: {text.rstrip('.')}"
+        fail(f"{what}. gcompute did not expect that: GCOMPUTE_TRACEBACK=1 shows where.", status=FAULT)
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ import dataclasses
 import html
 import io
 import json
-import os
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,12 @@ from typing import Any
 
 import click
 
-from gcompute.cli.flags import SectionedCommand, config_options, given
+from gcompute.cli.flags import FILE, SectionedCommand, config_options, given
+from gcompute.config.figure_text import figure_text
 from gcompute.hardware.catalogue import catalogue, catalogue_with
 from gcompute.hardware.chip import Chip, Figure
 from gcompute.hardware.target import Target
+from gcompute.measure.whole_file import write_whole
 from gcompute.plan.cost import (
     HOST_POWER,
     MONTHS_PER_YEAR,
@@ -91,11 +92,11 @@ class Comparison:
 @click.option(
     "--chips",
     "chip_file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     envvar="GCOMPUTE_CHIPS",
     help="TOML file with chips and prices of your own (or set GCOMPUTE_CHIPS).",
 )
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw to this .png, or .html with all.")
+@click.option("--plot", type=FILE, help="Draw to this .png, or .html with all.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @config_options(OnPremise, "Bought chips")
 def command(
@@ -280,10 +281,11 @@ def _words(name: str) -> str:
 
 
 def _show(shown: Comparison) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, highlight=False)
+    from gcompute.cli.consoles import plain_console
+
+    console = plain_console()
     inputs = Table(title=f"{shown.target}: {shown.case.num_chips} chips; what goes in", title_justify="left")
     inputs.add_column("figure", no_wrap=True)
     inputs.add_column("value", justify="right", no_wrap=True)
@@ -338,8 +340,7 @@ def picture_of(target: str, case: BuyOrRent, renting: str) -> bytes:
     from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     def label(text: str) -> str:
-        # Dollar signs in pairs would set what is between them as a formula.
-        return textwrap.fill(text, 72).replace("$", r"\$")
+        return figure_text(textwrap.fill(text, 72))
 
     life, month = case.bought.months, case.break_even_months
     ends = (0, life)
@@ -390,10 +391,7 @@ def _draw(path: Path, shown: Comparison) -> None:
 {table(("figure", "value", "what it is"), going_in)}
 </body></html>
 """.encode()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_whole(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ValueError(f"--plot {path} cannot be written: {error.strerror}.") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from gcompute.config.figure_text import figure_text
 from gcompute.hardware.target import Target
 from gcompute.plan.efficiency import device_of
 from gcompute.plan.operations import Operation
@@ -76,7 +77,9 @@ def plot_roofline(operations: Sequence[Operation], target: Target, precision: st
     axes.set_ylim(top=device.flops_per_s / 1e12 * 2)
     axes.set_xlabel("operations a byte of device memory")
     axes.set_ylabel(f"TFLOP/s a device, {precision} (datasheet)")
-    axes.set_title(f"{title}\npredicted; in brackets, shares of the step if all ran at the roof", fontsize=11)
+    axes.set_title(
+        f"{figure_text(title)}\npredicted; in brackets, shares of the step if all ran at the roof", fontsize=11
+    )
     legend = axes.legend(loc="lower right", fontsize=9)
     for handle in legend.legend_handles:
         if handle is not None:
@@ -108,7 +111,8 @@ def plot_loads(loads: Sequence[Load], target: Target, path: Path, *, title: str,
     axes.set_xlabel("milliseconds a token, prefills of others between")
     axes.set_ylabel("output tokens a second a chip")
     axes.set_title(
-        f"{title}\npredicted; numbers are requests at once, the critical batch of {critical:,.0f} is {beyond} memory",
+        f"{figure_text(title)}\n"
+        f"predicted; numbers are requests at once, the critical batch of {critical:,.0f} is {beyond} memory",
         fontsize=11,
     )
     axes.set_ylim(bottom=0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gcompute.cli.flags import SectionedCommand
+from gcompute.cli.flags import FILE, MODEL, SectionedCommand
 from gcompute.cli.planning import (
     check_picture,
     check_positive,
@@ -58,7 +58,7 @@ class PlanServeCommand(SectionedCommand):
 
 
 @click.command(cls=PlanServeCommand)
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option("--on", "target_text", required=True, help="v5e:4x4, h100:8, or this (measured).")
 @click.option("--mesh", help="tensor, data and expert sizes, as in tensor=8.  [the best one found]")
 @click.option("--context", type=click.IntRange(1), help="Tokens each request has room for.  [prompt + output]")
@@ -71,9 +71,9 @@ class PlanServeCommand(SectionedCommand):
 @click.option("--slo-tpot", type=float, help="Most seconds a token after it.")
 @click.option("--usd-per-hour", type=float, help="Price of a chip.  [the catalogue's]")
 @click.option("--spot", is_flag=True, help="Use the spot price.")
-@click.option("--chips", "chip_file", type=click.Path(path_type=Path, dir_okay=False), envvar="GCOMPUTE_CHIPS")
+@click.option("--chips", "chip_file", type=FILE, envvar="GCOMPUTE_CHIPS")
 @click.option("--prove", is_flag=True, help="Compile prefill and decode with the target's own compiler, and compare.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Latency-throughput to .png or .html.")
+@click.option("--plot", type=FILE, help="Latency-throughput to .png or .html.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str,

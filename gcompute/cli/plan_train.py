@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gcompute.cli.flags import SectionedCommand, config_options, given
+from gcompute.cli.flags import FILE, MODEL, SectionedCommand, config_options, given
 from gcompute.cli.plan_ranking import Ranked
 from gcompute.cli.planning import check_picture, check_positive, checked_json, known_chips, planning_target
 from gcompute.config.mesh import MeshShape
@@ -51,7 +51,7 @@ class PlanTrainCommand(SectionedCommand):
 
 
 @click.command(cls=PlanTrainCommand)
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option(
     "--on", "target_text", required=True, help="v5p:8x8x16, 2*v6e:4x4, h100:64, this (measured); several, with commas."
 )
@@ -67,10 +67,10 @@ class PlanTrainCommand(SectionedCommand):
 @click.option("--tokens", type=float, help="Token budget, for days and dollars.  [20 a parameter]")
 @click.option("--usd-per-hour", type=float, help="Price of a chip.  [the catalogue's]")
 @click.option("--spot", is_flag=True, help="Use the spot price.")
-@click.option("--chips", "chip_file", type=click.Path(path_type=Path, dir_okay=False), envvar="GCOMPUTE_CHIPS")
+@click.option("--chips", "chip_file", type=FILE, envvar="GCOMPUTE_CHIPS")
 @click.option("--prove", is_flag=True, help="Compile the same step with the target's own compiler, and compare.")
 @click.option("--calibrate", is_flag=True, help="With --on this: measure its roofline anew and keep it.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Roofline to this .png or .html file.")
+@click.option("--plot", type=FILE, help="Roofline to this .png or .html file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @config_options(TrainConfig, "Training", NOT_PLANNED)
 def command(

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gcompute.cli.consoles import plain_console
 from gcompute.hardware.catalogue import catalogue, catalogue_with
 from gcompute.hardware.chip import Chip
 from gcompute.hardware.target import Target
@@ -105,8 +106,8 @@ def dollars(value: float) -> str:
 
 def wide_console() -> Console:
     """A console that does not cut tables short where there is no terminal to be as wide as."""
-    console = Console(markup=False, highlight=False)
-    return console if console.is_terminal else Console(markup=False, highlight=False, width=LEAST_WIDTH)
+    console = plain_console()
+    return console if console.is_terminal else plain_console(width=LEAST_WIDTH)
 
 
 def two_columns(title: str, rows: Mapping[str, str], console: Console, *, bold: str | None = None) -> None:

@@ -54,7 +54,7 @@ class WorkProgress(Shown):
 
     def __init__(self, console: Console):
         self.progress = Progress(
-            TextColumn("{task.description:<24}"),
+            TextColumn("{task.description:<24}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

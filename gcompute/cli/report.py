@@ -185,6 +185,6 @@ holds the whole process: Python, the compiler and the corpus too.</p>
 
 def write_report(data: ReportData, curve: Path, path: Path) -> None:
     """Render and write the page; it is whole or absent."""
-    from gcompute.cli.session import write_atomically
+    from gcompute.measure.whole_file import write_whole
 
-    write_atomically(path, render(data, curve.read_bytes()))
+    write_whole(path, render(data, curve.read_bytes()))

@@ -3,15 +3,18 @@
 It holds run.json, tokenizer.json, metrics.jsonl, loss.png, checkpoints/ and a lock.
 """
 
+import errno
 import fcntl
 import json
 import os
+import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gcompute.config.model import ModelConfig
 from gcompute.config.plain import from_plain
@@ -19,6 +22,10 @@ from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainC
 
 RUN = "run.json"
 LOCK = ".lock"
+MOST_DIGITS = 20
+# What `make_directory`, `write_whole` and `Tokenizer.save` leave where their process is killed.
+WRITTEN = r"run\.json|metrics\.jsonl|loss\.png|session\.json|serving\.json|report\.html"
+LEFT = re.compile(rf"\.write-\d+|(?:{WRITTEN})\.\d+\.tmp|\.tokenizer\.json\.[0-9a-f]{{32}}\.tmp")
 CHOSEN = "chosen"
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -47,7 +54,7 @@ def stored_choices(out: Path) -> Choices | None:
 
     steps = reversed(saved_steps(out / CHECKPOINTS))
     for read in (partial((out / RUN).read_text, encoding="utf-8-sig"), *(partial(_meta, out, step) for step in steps)):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             chosen = json.loads(read())[CHOSEN]
             reasons = {str(name): str(reason) for name, reason in chosen["reasons"].items()}
             if reasons.keys() <= {field.name for field in fields(TrainConfig)}:
@@ -70,17 +77,6 @@ def _meta(out: Path, step: int) -> str:
     return (directory / META / "metadata").read_text(encoding="utf-8")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is whole or absent."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
 def make_directory(out: Path) -> None:
     """Create a run directory and see that it can be written.
 
@@ -90,7 +86,8 @@ def make_directory(out: Path) -> None:
     probe = out / f".write-{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
+        probe.unlink(missing_ok=True)
+        probe.open("xb").close()
         probe.unlink()
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}. Choose another directory.") from None
@@ -117,12 +114,12 @@ def check_outside(directory: Path, what: str, data: str) -> None:
 def only_writer(out: Path) -> Iterator[None]:
     """Hold the lock of a run directory; the system lets go of it when the process ends, however it ends.
 
-    What a killed process left half-written is removed.
+    What a killed process left half-written is removed, and nothing else.
 
     Raises:
-      ValueError: another process holds it.
+      ValueError: another process holds it, or something else lies in its place.
     """
-    with (out / LOCK).open("a+", encoding="utf-8") as lock:
+    with _open_lock(out / LOCK) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -136,9 +133,29 @@ def only_writer(out: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        for left in (*out.glob("*.[0-9]*.tmp"), *out.glob(".write-[0-9]*"), *out.glob(".*.json.*.tmp")):
-            left.unlink(missing_ok=True)
+        for path in out.iterdir():
+            if LEFT.fullmatch(path.name):
+                path.unlink(missing_ok=True)
         yield
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """The lock file: a number of a process, or empty.
+
+    Raises:
+      ValueError: what lies there is a link, no file, or a file that holds something else.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
+            raise
+    else:
+        lock = os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
+        if stat.S_ISREG(os.fstat(descriptor).st_mode) and re.fullmatch("[0-9]*", lock.read(MOST_DIGITS + 1).strip()):
+            return lock
+        lock.close()
+    raise ValueError(f"{path} is not the lock of a run, and is left as it is. Move it away, or choose another --out.")
 
 
 def run_from_plain(values: Any, *, source: str) -> RunConfig:
@@ -171,11 +188,11 @@ def stored_run(out: Path) -> tuple[RunConfig, str | None] | None:
     if found:
         try:
             return run_from_plain(json.loads(path.read_text(encoding="utf-8-sig")), source=str(path)), None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = f"is damaged ({error})"
     steps = saved_steps(out / CHECKPOINTS)
     for step in reversed(steps):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             run = run_from_plain(json.loads(_meta(out, step)), source=f"checkpoint {step}")
             return run, f"{path} {reason}: the configuration is taken from checkpoint {step}."
     if found or steps:

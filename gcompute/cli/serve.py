@@ -5,8 +5,10 @@ from typing import Any
 
 import click
 
+from gcompute.cli.api_key import FILE_HELP, VARIABLE, chosen_key
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
-from gcompute.cli.flags import SectionedCommand, config_options, given
+from gcompute.cli.flags import FILE, PATH, SectionedCommand, config_options, given
+from gcompute.cli.signals import stop_signals
 from gcompute.config.serve import ServeConfig
 
 
@@ -23,34 +25,40 @@ class ServeCommand(SectionedCommand):
 
 
 @click.command(cls=ServeCommand)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--draft", type=click.Path(path_type=Path), default=None, help="Model that proposes tokens for --speculate draft."
-)
+@click.argument("checkpoint", type=PATH)
+@click.option("--draft", type=PATH, default=None, help="Model that proposes tokens for --speculate draft.")
 @click.option("--name", default=None, help="Model name that requests use.  [the run's name]")
 @click.option(
     "--api-key",
-    envvar="GCOMPUTE_API_KEY",
+    envvar=VARIABLE,
     show_envvar=True,
     help="Key that calls of /v1 and /engine must carry.  [none]",
 )
+@click.option("--api-key-file", type=FILE, help=FILE_HELP)
 @click.option("--fast/--no-fast", default=True, help="Restart once with huge pages where that is faster.  [fast]")
 @config_options(ServeConfig, "Serving")
 def command(
-    checkpoint: Path, draft: Path | None, name: str | None, api_key: str | None, fast: bool, **values: Any
+    checkpoint: Path,
+    draft: Path | None,
+    name: str | None,
+    api_key: str | None,
+    api_key_file: Path | None,
+    fast: bool,
+    **values: Any,
 ) -> None:
     """Serve the model in CHECKPOINT, the --out directory of `gcompute train`: /v1/completions, /v1/chat/completions,
     /v1/models, /health, /metrics, and at / a page to talk to it and watch it work. Chats use the template of a
-    tokenizer_config.json there if jinja2 is installed, and "role: content" lines otherwise. SIGTERM and Ctrl-C finish
-    accepted requests first."""
+    tokenizer_config.json there if jinja2 is installed, and "role: content" lines otherwise. SIGTERM, SIGHUP and
+    Ctrl-C finish accepted requests first."""
+    key = chosen_key(api_key, api_key_file)
     restart_fast(fast)
     quiet_backends()
     asked = ServeConfig(**given(ServeConfig, values))
     use_compilation_cache()
     import jax
-    from rich.console import Console
 
     from gcompute.cli.chips import measured_chip
+    from gcompute.cli.consoles import plain_console
     from gcompute.model.pretrained import load, locate
     from gcompute.serve.engine import Engine
     from gcompute.serve.native.build import why_not
@@ -60,7 +68,7 @@ def command(
     from gcompute.serve.server import serve
     from gcompute.serve.template import load_template
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     notice = lambda text: console.print(f"notice: {text}", soft_wrap=True)  # noqa: E731
     model = load(checkpoint, notice=notice)
     config, chosen = settle(asked)
@@ -94,8 +102,9 @@ def command(
             config,
             model_name=model_name,
             template=template,
-            api_key=api_key or None,
+            api_key=key,
             roofline=roofline,
+            signals=stop_signals(),
             announce=lambda url: console.print(f"serving {model_name} at {url} (Ctrl-C stops)", highlight=False),
         )
     except NotReady as error:

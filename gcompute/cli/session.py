@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gcompute.cli.pictures import try_to_draw
 from gcompute.cli.progress import TrainProgress, WorkProgress, duration, share_of_ceiling
 from gcompute.cli.run_directory import (
     CHOSEN,
@@ -23,12 +24,13 @@ from gcompute.cli.run_directory import (
     only_writer,
     run_json,
     stored_choices,
-    write_atomically,
 )
 from gcompute.config.train import RunConfig
+from gcompute.measure.cache import CORPORA
 from gcompute.measure.machine import Machine, look
 from gcompute.measure.profile import check_trace, device_memory
 from gcompute.measure.roofline import MeasuredRoofline, load_or_measure
+from gcompute.measure.whole_file import write_whole
 from gcompute.model.pretrained import CHECKPOINTS, TOKENIZER, saved_steps
 from gcompute.plan.memory import TrainMemory, train_memory
 from gcompute.plan.train_step import StepPrediction, predict_train_step
@@ -93,7 +95,7 @@ def corpus_directory(cache: Path, run: RunConfig) -> Path:
     where = data.data if data.data == "stdlib" else str(Path(data.data).absolute())
     parts = [where, data.tokenizer, data.val_fraction, data.text_mb]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    return cache / "corpora" / key
+    return cache / CORPORA / key
 
 
 def measured_roofline(cache: Path, console: Console, *, again: bool = False) -> MeasuredRoofline:
@@ -201,7 +203,7 @@ def train_session(
     inexact: bool = False,
     roofline: MeasuredRoofline | None = None,
 ) -> Session:
-    """Prepare, predict, train. `started`: when the command began, in seconds since the epoch.
+    """Prepare, predict, train. `started`: when the command began, by time.monotonic().
 
     inexact: as in `train`. roofline: this machine's, where it is at hand.
     """
@@ -215,7 +217,8 @@ def train_session(
     for directory, what in ((out, "--out"), (cache, "the cache")):
         check_outside(directory, what, run.data.data)
     if is_pipe(run.data.data):
-        console.print(f"notice: {run.data.data} is a pipe: waiting for it, and reading it to its end")
+        console.print(f"notice: {run.data.data} is a pipe: waiting for it, and reading it to its end", markup=False)
+    drawn = False
     with only_writer(out) if first else nullcontext():
         with one_process_first(), WorkProgress(console) as progress:
             corpus = prepare(run.data, corpus_directory(cache, run), progress=progress)
@@ -239,7 +242,7 @@ def train_session(
         if first and not (resume and tokenizer_path.is_file()):
             corpus.tokenizer.save(tokenizer_path)
         if first and not resume:
-            write_atomically(out / RUN, run_json(run, choices))
+            write_whole(out / RUN, run_json(run, choices))
         if resume and not saved_steps(out / CHECKPOINTS):
             console.print(f"notice: {out} has no whole checkpoint yet: the run begins at step 0")
         console.print(
@@ -251,13 +254,13 @@ def train_session(
         prediction = predict(run, roofline)
         show_prediction(prediction, run, console)
         check_state_fits(prediction.memory, machine, num_devices=(run.train.mesh or default_mesh()).num_devices)
-        before = time.time() - started
+        before = time.monotonic() - started
         with TrainProgress(console, log_every=run.train.log_every) as show:
 
             def report(event: Event) -> None:
                 # Only now is it certain that the run goes on with what it was given anew, such as more steps.
                 if isinstance(event, Started) and first and resume:
-                    write_atomically(out / RUN, run_json(run, choices))
+                    write_whole(out / RUN, run_json(run, choices))
                 show(event)
 
             result = train(
@@ -274,7 +277,11 @@ def train_session(
             )
         if first:
             title = f"{out.name}: {prediction.num_params:,} parameters"
-            plot_loss(read_metrics(out / METRICS), out / CURVE, title=title)
+            drawn = try_to_draw(
+                lambda: plot_loss(read_metrics(out / METRICS), out / CURVE, title=title),
+                out / CURVE,
+                lambda text: console.print(f"notice: {text}", soft_wrap=True),
+            )
     session = Session(
         run=run,
         out=out,
@@ -287,6 +294,8 @@ def train_session(
         time_to_first_step_s=before + result.first_step_s if result.first_step_s is not None else None,
     )
     show_result(session, console)
+    kept = "checkpoint, metrics.jsonl and " + CURVE if drawn else "checkpoint and metrics.jsonl"
+    console.print(f"{kept} in {out}")
     return session
 
 
@@ -338,4 +347,3 @@ def show_result(session: Session, console: Console) -> None:
     if result.val_loss is not None:
         table.add_row("validation loss, nats per token", "", f"{result.val_loss:.4f}")
     console.print(table)
-    console.print(f"checkpoint, metrics.jsonl and {CURVE} in {session.out}")

@@ -14,16 +14,15 @@ from typing import Any
 import click
 
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
-from gcompute.cli.flags import SectionedCommand, config_options, given, read_toml
+from gcompute.cli.flags import MODEL, PATH, SectionedCommand, config_options, given, read_toml
 from gcompute.cli.main import INTERRUPTED
 from gcompute.cli.run_directory import RUN, SECTIONS, stored_run
 from gcompute.cli.run_directory import run_from_plain as run_from_plain
+from gcompute.cli.signals import stop_signals
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_config
 from gcompute.config.train import RESUMABLE, DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from gcompute.measure.cache import cache_directory
-
-PATH = click.Path(path_type=Path)
+from gcompute.measure.cache import writable_cache
 
 
 class TrainCommand(SectionedCommand):
@@ -38,13 +37,9 @@ class TrainCommand(SectionedCommand):
 
 
 @click.command(cls=TrainCommand)
-@click.option("--model", "model_name", default=None, help="Preset, or a model's .json or .toml file.  [demo]")
-@click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="TOML: [model] [optimizer] [train] [data]."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/train"), show_default=True, help="Run directory."
-)
+@click.option("--model", "model_name", type=MODEL, help="Preset, or a model's .json or .toml file.  [demo]")
+@click.option("--config", "config_file", type=PATH, help="TOML: [model] [optimizer] [train] [data].")
+@click.option("--out", type=PATH, default=Path("runs/train"), show_default=True, help="Run directory.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, bit for bit.")
 @click.option("--inexact", is_flag=True, help="With --resume: also where this device or jaxlib rounds otherwise.")
 @click.option("--profile", is_flag=True, help="Trace a few dispatches into OUT/profile, for XProf and Perfetto.")
@@ -66,7 +61,7 @@ def command(
     **values: Any,
 ) -> None:
     """Train a transformer on text. Every field of the configuration is a flag; a TOML file says the same."""
-    started = time.time()
+    started = time.monotonic()
     restart_fast(fast)
     quiet_backends()
     settings = read_toml(config_file, SECTIONS) if config_file else {}
@@ -122,21 +117,23 @@ def _resumed_config(
 
 
 class StopRequest:
-    """What Ctrl-C and SIGTERM ask for. True once one came while the training loop was there to see it.
+    """What Ctrl-C, SIGTERM and SIGHUP ask for. True once one came while the training loop was there to see it.
 
     The loop asks between dispatches. Before it asks for the first time there is no step to save, so a signal interrupts
-    at once, as a second one does at any time.
+    at once, as a second one does at any time. A closed terminal sends SIGHUP once or twice and none insists by it.
     """
 
     def __init__(self) -> None:
-        self.watched = self.asked = False
+        self.watched = self.asked = self.insisted = False
 
     def __bool__(self) -> bool:
         self.watched = True
         return self.asked
 
     def ask(self, number: int, frame: Any) -> None:
-        at_once = self.asked or not self.watched
+        hung_up = number == signal.SIGHUP
+        at_once = not self.watched or (self.insisted and not hung_up)
+        self.insisted = self.insisted or not hung_up
         # Kept also where the exception is raised: in a callback of C++ or a finalizer nobody would hear of it.
         self.asked = True
         if at_once:
@@ -145,9 +142,9 @@ class StopRequest:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[StopRequest]:
-    """A request that Ctrl-C or SIGTERM makes true."""
+    """A request that Ctrl-C, SIGTERM or SIGHUP makes true."""
     request = StopRequest()
-    previous = {number: signal.signal(number, request.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, request.ask) for number in stop_signals()}
     try:
         yield request
     finally:
@@ -168,20 +165,21 @@ def execute(
 ) -> None:
     """Prepare the data, train, and print how it went."""
     import jax
-    from rich.console import Console
 
+    from gcompute.cli.consoles import plain_console
     from gcompute.cli.session import train_session
 
+    cache = writable_cache()
     use_compilation_cache()
     again = f"Go on with: gcompute train --out {shlex.quote(str(out))} --resume"
     try:
         with stop_on_interrupt() as asked:
             first = jax.process_index() == 0
-            console = Console(stderr=True, quiet=not first, soft_wrap=True, markup=False, highlight=False)
+            console = plain_console(stderr=True, quiet=not first, soft_wrap=True)
             session = train_session(
                 run,
                 out=out,
-                cache=cache_directory(),
+                cache=cache,
                 resume=resume,
                 profile=profile,
                 vocab_given=vocab_given,

@@ -68,7 +68,9 @@ class PromptConfig:
     prompt: int | None = option(None, "tokens of a prompt (default: 128, or half the context)")
     output: int | None = option(None, "tokens of an answer (default: 64, or a quarter of the context)")
     spread: float = option(0.0, "lengths vary evenly by so much either way, as a share: 0.5 is half to one and a half")
-    prompts: str | None = option(None, 'file of prompts: one a line, or JSONL with "prompt" and maybe "max_tokens"')
+    prompts: str | None = option(
+        None, 'file of prompts: one a line, or JSONL with "prompt" and maybe "max_tokens"', path=True
+    )
     shared_prefix: int = option(0, "tokens with which all prompts begin alike")
     prefixes: int = option(1, "groups of prompts, each with a shared prefix of its own")
     vocab: int | None = option(None, "send random token ids below this (default: the model's, else random words)")
@@ -97,7 +99,9 @@ class PlanConfig:
     slo_tpot: float | None = option(None, "most seconds a token after it")
     slo_e2e: float | None = option(None, "most seconds in all")
     on: str | None = option(None, "what serves: v5e:2x4, h100:8, or this (measured): its price, and the plan's figures")
-    model: str | None = option(None, "the served model, for the plan: a preset, or a config.json (a checkpoint's own)")
+    model: str | None = option(
+        None, "the served model, for the plan: a preset, or a config.json (a checkpoint's own)", path=True
+    )
     mesh: str | None = option(None, "the server's mesh, as in tensor=8 (default: the best one found)")
     weights: str | None = option(
         None, "weights in memory; int8: a checkpoint's server keeps them so (default: bfloat16, or its --precision)"

@@ -7,9 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that also carries what a command line needs: its help text and its legal values."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, path: bool = False) -> Any:
+    """A dataclass field that also carries what a command line needs: its help text, its legal values.
+
+    path: the text may be a path, in which a leading ~ stands for the home directory.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "path": path})
 
 
 def nearest(name: str, legal: Iterable[str]) -> str:

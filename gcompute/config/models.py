@@ -37,7 +37,7 @@ def planned_model(name: str) -> PlannedModel:
     if path.suffix == ".json" and path.is_file():
         try:
             values = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"model file {path} does not parse: {error}.") from None
         if not isinstance(values, dict) or not values:
             raise ValueError(f"model file {path} holds no field of a model.")

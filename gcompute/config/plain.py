@@ -18,6 +18,10 @@ def value_type(config_type: type, name: str) -> type:
     return hint
 
 
+def _may_be_absent(config_type: type, name: str) -> bool:
+    return type(None) in typing.get_args(typing.get_type_hints(config_type)[name])
+
+
 def from_plain(config_type: type, values: Any, *, source: str) -> dict[str, Any]:
     """Plain values as arguments of `config_type`: a mesh from its text, a whole number where a float is meant.
 
@@ -36,6 +40,8 @@ def from_plain(config_type: type, values: Any, *, source: str) -> dict[str, Any]
             value = MeshShape.parse(value)
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        if value is None and not _may_be_absent(config_type, name):
+            raise ValueError(f"{source}: {name} must be of type {kind.__name__}, got null.")
         if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
             raise ValueError(f"{source}: {name} must be of type {kind.__name__}, got {value!r}.")
         converted[name] = value

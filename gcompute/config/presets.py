@@ -114,7 +114,7 @@ def model_config(name: str) -> ModelConfig:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"model file {name!r} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"model file {name!r} does not parse: {error}.") from None
     return model_from_dict(values.get("model", values) if isinstance(values, dict) else values, source=name)
 

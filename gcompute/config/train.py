@@ -34,8 +34,9 @@ class DataConfig:
     data: str = option(
         "stdlib",
         "stdlib (this Python's own source text), a file, pipe or directory of text or JSONL, compressed or not",
+        path=True,
     )
-    tokenizer: str = option("bpe:4096", "byte, char, bpe:VOCAB (trained on the data), or a tokenizer.json")
+    tokenizer: str = option("bpe:4096", "byte, char, bpe:VOCAB (trained on the data), or a tokenizer.json", path=True)
     val_fraction: float = option(0.1, "share of the text kept for validation (of the files, or the end of one file)")
     text_mb: float | None = option(
         None, "megabytes of text to read: whole files chosen evenly, or the start of one file (default: all)"

@@ -76,7 +76,7 @@ def catalogue_with(path: Path) -> Mapping[str, Chip]:
         document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"chip file {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"chip file {path} does not parse as TOML: {error}.") from None
     return _chips(catalogue(), document, origin=str(path))
 

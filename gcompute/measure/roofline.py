@@ -262,7 +262,7 @@ def _median_s(run: Callable[[], Any], deadline_s: float) -> tuple[float, float]:
 def _read_entries(path: Path) -> dict[str, Any]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return entries if isinstance(entries, dict) else {}
 

@@ -77,7 +77,9 @@ class Tokenizer:
             ) from None
         try:
             backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the only class that the binding raises
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the binding raises Exception, and its panics are not even that
             reason = " ".join(str(error).split()).rstrip(".")
             raise ValueError(f"tokenizer file {os.fspath(path)!r} does not parse: {reason}.") from None
         if not backend.get_vocab_size():
@@ -93,7 +95,7 @@ class Tokenizer:
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            with temporary.open("x", encoding="utf-8") as file:
                 file.write(self._backend.to_str(pretty=True))
                 file.flush()
                 os.fsync(file.fileno())

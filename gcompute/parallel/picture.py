@@ -1,6 +1,6 @@
 """Pictures of shardings: how an array is cut, and which devices hold each piece."""
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
+from gcompute.config.figure_text import figure_text
+from gcompute.measure.whole_file import write_whole
 from gcompute.parallel.explain import cut_axes, holders
 
 PANELS_A_ROW = 4
@@ -45,10 +47,12 @@ def plot_shardings(arrays: Mapping[str, tuple[Any, Sharding, str | None]], path:
         axes.set_axis_off()
     for axes, (name, (array, sharding, dims)) in zip(panels, arrays.items(), strict=False):
         _draw(axes, name, tuple(array.shape), sharding, dims)
-    figure.suptitle("\n".join(filter(None, [title, "numbers: the devices that hold a piece"])), fontsize="medium")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    figure.suptitle(
+        "\n".join(filter(None, [figure_text(title), "numbers: the devices that hold a piece"])), fontsize="medium"
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_whole(path, buffer.getvalue())
 
 
 def piece_label(devices: Sequence[int], *, characters: int, lines: int) -> str:
@@ -122,7 +126,7 @@ def _draw(axes: Any, name: str, shape: tuple[int, ...], sharding: Sharding, dims
     rest = [f"{labels[dim]}: first piece" for dim in range(len(shape)) if dim not in shown and counts[dim] > 1]
     if not labelled:
         rest.append(f"each piece on {len(held[min(held)])} of {sharding.num_devices} devices")
-    axes.set_title("\n".join([f"{name} {dims or ''}".strip(), *rest]), fontsize="medium")
+    axes.set_title(figure_text("\n".join([f"{name} {dims or ''}".strip(), *rest])), fontsize="medium")
 
 
 def _labels(shape: tuple[int, ...], sharding: Sharding, dims: str | None, counts: list[int]) -> list[str]:

@@ -212,7 +212,7 @@ def read_prompts(path: Path, *, output: int) -> GivenPrompts:
 def _read_object(line: str, where: str) -> tuple[Prompt, int | None]:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}.") from None
     prompt = fields.get("prompt") if isinstance(fields, dict) else None
     is_ids = isinstance(prompt, list) and all(type(one) is int and one >= 0 for one in prompt)

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
 
@@ -124,11 +124,13 @@ def serve(
     template: ChatTemplate | None = None,
     api_key: str | None = None,
     roofline: DecodeRoofline | None = None,
+    signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then refuse new requests, finish those accepted, and close the engine.
+    """Serve until one of `signals`; then refuse new requests, finish those accepted, and close the engine.
 
     The engine is started if it was not. `announce` hears the URL once requests are taken; until then, calls are
-    answered 503. A second signal gives up on what still runs. Off the main thread no signal is heard.
+    answered 503. A second signal but SIGHUP gives up on what still runs. Off the main
+    thread no signal is heard.
 
     Raises:
       ValueError: the address cannot be listened on.
@@ -139,22 +141,29 @@ def serve(
         finish = False
         try:
             engine.start()
-            asyncio.run(_serve(server, sock, engine, announce))
+            asyncio.run(_serve(server, sock, engine, announce, signals))
             finish = not server.force_exit
         finally:
             engine.close(finish=finish)
 
 
-async def _serve(server: _Server, sock: socket.socket, engine: Engine, announce: Callable[[str], None]) -> None:
-    def stop() -> None:
-        server.force_exit = server.should_exit
+async def _serve(
+    server: _Server,
+    sock: socket.socket,
+    engine: Engine,
+    announce: Callable[[str], None],
+    signals: Sequence[signal.Signals],
+) -> None:
+    def stop(number: signal.Signals) -> None:
+        # A closed terminal may send SIGHUP twice.
+        server.force_exit = server.force_exit or (server.should_exit and number != signal.SIGHUP)
         server.should_exit = True
         engine.drain()
 
     loop = asyncio.get_running_loop()
-    signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    for number in signals:
-        loop.add_signal_handler(number, stop)
+    heard = signals if threading.current_thread() is threading.main_thread() else ()
+    for number in heard:
+        loop.add_signal_handler(number, stop, number)
     try:
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         try:
@@ -168,7 +177,7 @@ async def _serve(server: _Server, sock: socket.socket, engine: Engine, announce:
                 raise
         await serving
     finally:
-        for number in signals:
+        for number in heard:
             loop.remove_signal_handler(number)
 
 

@@ -90,7 +90,7 @@ class JinjaTemplate:
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise ValueError(f"the chat template of {CONFIG} does not parse: {error}.") from None
         self._variables = variables
         self.end: str | None = variables.get("eos_token") or None
@@ -134,7 +134,7 @@ def load_template(folder: Path, notice: Callable[[str], None]) -> ChatTemplate:
         return PlainTemplate()
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from None
     source = config.get("chat_template") if isinstance(config, dict) else None
     if isinstance(source, list):

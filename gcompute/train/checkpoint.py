@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,20 +29,28 @@ from gcompute.model.pretrained import META, OPTIMIZER, PARAMS, check_step, check
 from gcompute.train.step import TrainState
 
 ITEMS = (PARAMS, OPTIMIZER, META)
+# etils, by which Orbax opens paths, takes these for the beginning of a URL wherever they stand.
+BUCKETS = {"gs:", "s3:", "az:"}
 
 
 def check_path(directory: Path) -> None:
-    """Refuse a path from which a checkpoint could be written and not be read.
+    """Refuse a path where a checkpoint could not be written, or not be read again.
 
     Raises:
-      ValueError: the path holds a character of a file name pattern, by which Orbax looks for its own files.
+      ValueError: the path holds a character of a file name pattern, by which Orbax looks for its own files, a name
+        that it takes for a bucket's, or bytes that are not UTF-8.
     """
-    found = sorted(set("[*?") & set(str(directory.absolute())))
-    if found:
-        raise ValueError(
-            f"{directory} cannot keep checkpoints: {' '.join(found)} in its path stands for other characters. Choose a"
-            " directory without it."
-        )
+    path = directory.absolute()
+    why = ""
+    if found := sorted(set("[*?\\") & set(str(path))):
+        why = f"{' '.join(found)} in its path stands for other characters"
+    elif found := sorted(BUCKETS & set(path.parts)):
+        why = f"{found[0]} in its path stands for a bucket"
+    elif re.search("[\ud800-\udfff]", str(path)):
+        why = "its path is not UTF-8 in this locale, as it may be with LC_ALL=C.UTF-8"
+    if why:
+        shown = str(directory).encode("utf-8", errors="backslashreplace").decode("utf-8")
+        raise ValueError(f"{shown} cannot keep checkpoints: {why}. Choose a directory without that.")
 
 
 class OtherRun(ValueError):

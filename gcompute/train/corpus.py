@@ -69,7 +69,7 @@ def prepare(
             "val_fraction": data.val_fraction,
         }
         # Absent, cut short, damaged, or of something else: all are mended by making it again.
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             return _open(directory, made_from)
         documents = split_documents(source, data.val_fraction, progress)
         tokenizer = _make_tokenizer(data.tokenizer, documents, progress)

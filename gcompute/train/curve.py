@@ -1,9 +1,12 @@
 """The loss curve as a picture."""
 
+import io
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from gcompute.config.figure_text import figure_text
+from gcompute.measure.whole_file import write_whole
 
 TRAIN_COLOUR, VAL_COLOUR, BASELINE_COLOUR = "#4c78a8", "#d62728", "#777777"
 
@@ -50,10 +53,10 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, *, title: str, baselines: 
     for name, loss in (baselines or {}).items():
         axes.axhline(loss, color=BASELINE_COLOUR, linestyle="--", linewidth=1)
         axes.text(0.99, loss, f"{name} {loss:.2f} ", transform=right, ha="right", va="bottom", color=BASELINE_COLOUR)
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=figure_text(title))
     axes.grid(alpha=0.25)
     if train or val or final:
         axes.legend(frameon=False)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_whole(path, buffer.getvalue())

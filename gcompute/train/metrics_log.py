@@ -1,11 +1,12 @@
 """metrics.jsonl: one JSON object a line, one line a training step or evaluation, cut back to a checkpoint on resume."""
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from gcompute.measure.whole_file import write_whole
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -16,11 +17,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row:
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and _is_whole(row):
             rows.append(row)
     return rows
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row of a step or an evaluation has the numbers that are read again."""
+    kind = row.get("kind")
+    counts = [row[name] for name in ("batches", "of_batches") if name in row]
+    whole = len(counts) in (0, 2) and all(isinstance(count, int) for count in counts)
+    return (
+        isinstance(kind, str) and whole and (kind not in ("train", "eval") or isinstance(row.get("loss"), float | int))
+    )
 
 
 class MetricsLog:
@@ -31,14 +42,10 @@ class MetricsLog:
         self.path = path
         kept = [row for row in read_metrics(path) if row["step"] <= last_step]
         self.last = {row["kind"]: row for row in kept}
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise self._unwritable(error) from None
 
     def __enter__(self) -> "MetricsLog":

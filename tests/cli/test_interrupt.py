@@ -47,7 +47,17 @@ def test_a_signal_before_the_loop_asks_interrupts_at_once_and_later_only_the_sec
         request.ask(signal.SIGTERM, None)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_terminal_that_closes_may_hang_up_twice():
+    request = StopRequest()
+    assert not request
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+        request.ask(number, None)
+    assert request
+    with pytest.raises(KeyboardInterrupt):
+        request.ask(signal.SIGINT, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_training_saves_and_says_how_to_go_on(
     number: signal.Signals, gcompute: Command, words: Path, finished: Path, tmp_path: Path, monkeypatch
 ):
