@@ -1,6 +1,6 @@
 """What a training run is: data, optimizer, and the run itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gcompute.config.fields import check_choices, check_numbers, option, to_plain
 from gcompute.config.mesh import MeshShape
@@ -44,6 +44,9 @@ class OptimizerConfig:
     learning_rate: float = option(1e-3, "peak learning rate")
     schedule: str = option("cosine", "after the warm-up", choices=("cosine", "linear", "constant", "wsd"))
     warmup_steps: int = option(100, "steps of linear warm-up from 0")
+    decay_steps: int | None = option(
+        None, "step at which the schedule has reached its end, and stays there (default: steps, as the run began)"
+    )
     final_fraction: float = option(0.1, "learning rate at the end, as a share of the peak")
     weight_decay: float = option(0.1, "decoupled weight decay of matrices and embeddings; biases and norms have none")
     b1: float = option(0.9, "decay of the first moment (momentum for sgd and muon)")
@@ -55,11 +58,15 @@ class OptimizerConfig:
         check_choices(self)
         check_numbers(
             self,
-            positive=("learning_rate", "eps"),
+            positive=("learning_rate", "eps", "decay_steps"),
             at_least_zero=("warmup_steps", "final_fraction", "weight_decay", "b1", "b2", "clip"),
         )
         if self.b1 >= 1 or self.b2 >= 1:
             raise ValueError(f"b1 and b2 must be below 1, got b1={self.b1}, b2={self.b2}.")
+
+    def schedule_steps(self, steps: int) -> int:
+        """At which step the schedule of a run of `steps` has reached its end."""
+        return self.decay_steps or steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +182,13 @@ class RunConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.train.batch * self.seq
+
+    def lasting(self, steps: int) -> "RunConfig":
+        """This run with another number of steps and the schedule that it has, so that no learning rate changes."""
+        if steps == self.train.steps:
+            return self
+        kept = replace(self.optimizer, decay_steps=self.optimizer.schedule_steps(self.train.steps))
+        return replace(self, optimizer=kept, train=replace(self.train, steps=steps))
 
     def to_dict(self) -> dict[str, dict[str, object]]:
         """Plain values, a section a dataclass; the same that a TOML file holds."""

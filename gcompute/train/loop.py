@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gcompute.config.train import RunConfig
+from gcompute.config.plain import from_plain
+from gcompute.config.train import OptimizerConfig, RunConfig
 from gcompute.measure.machine import rounding
 from gcompute.measure.profile import trace
 from gcompute.model.pretrained import CHECKPOINTS
@@ -168,6 +169,7 @@ def train(
             )
         if restored:
             _check_rounding(restored[1].get("made_on"), meta["made_on"], out, report if inexact else None)
+            _tell_of_schedule(restored[1], run, learning_rates, report)
         state = restored[0] if restored else programs.init(jax.random.key(train_config.seed))
         state = dataclasses.replace(state, step=place(np.asarray(state.step), programs.abstract_state.step.sharding))
         step = int(state.step)
@@ -294,6 +296,23 @@ def _check_rounding(there: dict[str, Any] | None, here: dict[str, Any], out: Pat
             " other rounding."
         )
     notify(Notice(text=f"the steps from here on round otherwise than those before: {what}."))
+
+
+def _tell_of_schedule(saved: Mapping[str, Any], run: RunConfig, rates: np.ndarray, report: Report) -> None:
+    """Say where the schedule of `run` gives the next step another learning rate than that of the checkpoint did."""
+    step = int(saved["step"])
+    if step >= len(rates):
+        return
+    values = from_plain(OptimizerConfig, saved["optimizer"], source="the checkpoint [optimizer]")
+    before = OptimizerConfig(**values)
+    steps = int(saved["train"]["steps"])
+    was = float(make_schedule(before, steps)(step))
+    if not math.isclose(was, rates[step], rel_tol=1e-3):
+        ends = before.schedule_steps(steps), run.optimizer.schedule_steps(run.train.steps)
+        text = (
+            f"the learning rate of step {step + 1} is {rates[step]:.3g} and was to be {was:.3g}: the schedule ends at"
+        )
+        report(Notice(text=f"{text} step {ends[1]} now and ended at step {ends[0]} before."))
 
 
 def _diverged(what: str, saved: int) -> FloatingPointError:

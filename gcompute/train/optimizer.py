@@ -13,7 +13,11 @@ WSD_DECAY = 0.2
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up to the peak, then the schedule's decay to `final_fraction` of it."""
+    """Learning rate by step: linear warm-up to the peak, then the schedule's decay to `final_fraction` of it.
+
+    The decay ends at `decay_steps`, else at `steps`, and the rate stays there. A longer warm-up is cut to end with it.
+    """
+    steps = config.schedule_steps(steps)
     peak, floor = config.learning_rate, config.learning_rate * config.final_fraction
     warmup = min(config.warmup_steps, steps)
     after = max(steps - warmup, 1)

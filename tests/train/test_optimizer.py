@@ -11,6 +11,7 @@ from tiers import mostly_slow
 from tiny_run import make_run
 
 from gcompute.config.train import OPTIMIZERS, OptimizerConfig
+from gcompute.config.unused import OPTIMIZER_FIELDS
 from gcompute.model.transformer import Execution, abstract_params, init
 from gcompute.train.objective import mean_loss
 from gcompute.train.optimizer import decays, make_optimizer, make_schedule
@@ -144,6 +145,39 @@ def test_schedules_at_their_turning_points():
         assert rates(schedule, warmup_steps=1)[:2] == pytest.approx([2.0, 2.0])
         # A warm-up longer than the run ends with it.
         assert rates(schedule, warmup_steps=500)[STEPS - 1] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+def test_a_schedule_ends_at_decay_steps_and_stays_there(schedule: str):
+    config = OptimizerConfig(schedule=schedule, warmup_steps=10)
+    at = jnp.arange(3 * STEPS)
+    kept = dataclasses.replace(config, decay_steps=STEPS)
+    short, long = (np.asarray(jax.vmap(make_schedule(kept, steps))(at)) for steps in (STEPS // 2, 3 * STEPS))
+    np.testing.assert_array_equal(short, long)
+    np.testing.assert_array_equal(short, jax.vmap(make_schedule(config, STEPS))(at))
+    np.testing.assert_allclose(short[STEPS:], 1e-3 if schedule == "constant" else 1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_reads_the_fields_that_it_is_said_to_read(name: str):
+    """The rest of them may not be given: `config.unused`."""
+    params = {"blocks": {"up_DF": jnp.full((1, 8, 8), 2.0)}, "embedding_VD": jnp.full((8, 8), 2.0)}
+    draw = np.random.default_rng(0)
+    gradients = [jax.tree.map(lambda leaf: 1e-2 * draw.normal(size=leaf.shape), params) for _ in range(4)]
+
+    def after_steps(**fields: float) -> np.ndarray:
+        config = OptimizerConfig(optimizer=name, warmup_steps=0, schedule="constant", clip=0, **fields)
+        optimizer = make_optimizer(config, STEPS)
+        state, now = optimizer.init(params), params
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, now)
+            now = optax.apply_updates(now, updates)
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(now)])
+
+    usual = after_steps()
+    other = {"weight_decay": 0.5, "b1": 0.2, "b2": 0.3, "eps": 0.1}
+    read = tuple(field for field, value in other.items() if (after_steps(**{field: value}) != usual).any())
+    assert read == OPTIMIZER_FIELDS[name]
 
 
 def test_gradients_are_clipped_by_their_global_norm():
