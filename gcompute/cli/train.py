@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from gcompute.cli.resume import RESUME, Asked, continued, new_run
 from gcompute.cli.run_directory import RUN, SECTIONS
 from gcompute.config.model import ModelConfig
 from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from gcompute.config.unused import unused
 from gcompute.measure.cache import cache_directory
 
 PATH = click.Path(path_type=Path)
@@ -95,6 +96,7 @@ def command(
         started=started,
         vocab_given=begun is not None or "vocab" in asked.sections["model"],
         inexact=inexact,
+        asked=asked.names,
     )
 
 
@@ -142,19 +144,24 @@ def execute(
     started: float,
     vocab_given: bool,
     inexact: bool = False,
+    asked: Collection[str] = (),
 ) -> None:
-    """Prepare the data, train, and print how it went."""
+    """Prepare the data, train, and print how it went. `asked`: the fields of `run` that the command gave."""
     import jax
     from rich.console import Console
 
     from gcompute.cli.session import train_session
+    from gcompute.train.resolve import default_mesh
 
     use_compilation_cache()
     again = f"Go on with: gcompute train --out {shlex.quote(str(out))} --resume"
     try:
-        with stop_on_interrupt() as asked:
+        with stop_on_interrupt() as interrupt:
             first = jax.process_index() == 0
             console = Console(stderr=True, quiet=not first, soft_wrap=True, markup=False, highlight=False)
+            if run.train.mesh is None:
+                for reason in unused(run, asked, default_mesh()).values():
+                    console.print(f"notice: {reason}.")
             session = train_session(
                 run,
                 out=out,
@@ -163,7 +170,7 @@ def execute(
                 profile=profile,
                 vocab_given=vocab_given,
                 console=console,
-                stopped=lambda: bool(asked),
+                stopped=lambda: bool(interrupt),
                 started=started,
                 inexact=inexact,
             )
