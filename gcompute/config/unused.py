@@ -49,9 +49,9 @@ def unused(run: RunConfig, names: Collection[str], mesh: MeshShape | None) -> di
     if run.model.experts is None:
         for name in EXPERT_FIELDS:
             reasons[name] = f"{name}={getattr(run.model, name)} has no effect on a model without experts"
-    for name, axis in AXIS_FIELDS.items() if mesh else ():
+    for name, axis in AXIS_FIELDS.items():
         value = getattr(train, name)
-        if mesh.size(axis) == 1 and value:
+        if mesh is not None and mesh.size(axis) == 1 and value:
             reasons[name] = f"{name}={value} has no effect on mesh {mesh}, where {axis}=1"
     return {name: reason for name, reason in reasons.items() if name in names}
 
