@@ -180,7 +180,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """
     peak, floor = config.learning_rate, config.learning_rate * config.final_fraction
     steps = config.decay_steps or steps
-    warmup = min(config.warmup_steps, steps)
+    warmup = min(config.warmup(steps), steps)
     if step < warmup:
         return peak * (step + 1) / warmup
     after = max(steps - warmup, 1)

@@ -176,7 +176,8 @@ def show_choices(run: RunConfig, choices: Choices, roofline: MeasuredRoofline, c
 
 def show_warmup(run: RunConfig, console: Console) -> None:
     """Say so where the warm-up is longer than the schedule, and so is cut."""
-    warmup, steps = run.optimizer.warmup_steps, run.optimizer.schedule_steps(run.train.steps)
+    steps = run.optimizer.schedule_steps(run.train.steps)
+    warmup = run.optimizer.warmup(steps)
     if warmup > steps:
         text = f"notice: the warm-up of {warmup} steps is cut to the {steps} of the schedule. --warmup-steps N sets it;"
         console.print(f"{text} --decay-steps N with a longer schedule keeps it.", highlight=False)
@@ -250,7 +251,8 @@ def train_session(
             f" vocabulary {corpus.tokenizer.vocab_size:,}"
         )
         show_choices(run, choices, roofline, console)
-        show_warmup(run, console)
+        if not resume:
+            show_warmup(run, console)
         machine = look()
         prediction = predict(run, roofline)
         show_prediction(prediction, run, console)

@@ -44,6 +44,9 @@ class OptimizerConfig:
     learning_rate: float = option(1e-3, "peak learning rate")
     schedule: str = option("cosine", "after the warm-up", choices=("cosine", "linear", "constant", "wsd"))
     warmup_steps: int = option(100, "steps of linear warm-up from 0")
+    warmup_fraction: float | None = option(
+        None, "warm-up as a share of the schedule's steps (default: warmup_steps says it)"
+    )
     decay_steps: int | None = option(
         None, "step at which the schedule has reached its end, and stays there (default: steps, as the run began)"
     )
@@ -59,10 +62,17 @@ class OptimizerConfig:
         check_numbers(
             self,
             positive=("learning_rate", "eps", "decay_steps"),
-            at_least_zero=("warmup_steps", "final_fraction", "weight_decay", "b1", "b2", "clip"),
+            at_least_zero=("warmup_steps", "warmup_fraction", "final_fraction", "weight_decay", "b1", "b2", "clip"),
         )
         if self.b1 >= 1 or self.b2 >= 1:
             raise ValueError(f"b1 and b2 must be below 1, got b1={self.b1}, b2={self.b2}.")
+
+        if self.warmup_fraction is not None and self.warmup_fraction > 1:
+            raise ValueError(f"warmup_fraction must be at most 1, got {self.warmup_fraction}.")
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a schedule of `steps`, as asked for: a fixed number may be more."""
+        return self.warmup_steps if self.warmup_fraction is None else round(self.warmup_fraction * steps)
 
     def schedule_steps(self, steps: int) -> int:
         """At which step the schedule of a run of `steps` has reached its end."""

@@ -46,6 +46,11 @@ def unused(run: RunConfig, names: Collection[str], mesh: MeshShape | None) -> di
         reasons["final_fraction"] = (
             f"final_fraction={optimizer.final_fraction:g} has no effect with schedule=constant, which never decays"
         )
+    if optimizer.warmup_fraction is not None:
+        reasons["warmup_steps"] = (
+            f"warmup_steps={optimizer.warmup_steps} has no effect with"
+            f" warmup_fraction={optimizer.warmup_fraction:g}, which says the same"
+        )
     if run.model.experts is None:
         for name in EXPERT_FIELDS:
             reasons[name] = f"{name}={getattr(run.model, name)} has no effect on a model without experts"

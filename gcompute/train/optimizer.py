@@ -19,7 +19,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """
     steps = config.schedule_steps(steps)
     peak, floor = config.learning_rate, config.learning_rate * config.final_fraction
-    warmup = min(config.warmup_steps, steps)
+    warmup = min(config.warmup(steps), steps)
     after = max(steps - warmup, 1)
     match config.schedule:
         case "cosine":

@@ -34,6 +34,7 @@ def run_of(
         (run_of(optimizer={"optimizer": "lion", "eps": 0.1}), "eps", "eps=0.1 has no effect with optimizer=lion"),
         (run_of(optimizer={"optimizer": "adafactor", "b1": 0.5}), "b1", "b1=0.5 has no effect"),
         (run_of(optimizer={"schedule": "constant"}), "final_fraction", "schedule=constant, which never decays"),
+        (run_of(optimizer={"warmup_fraction": 0.1}), "warmup_steps", "with warmup_fraction=0.1"),
         (run_of("fsdp=2", zero=1), "zero", "zero=1 has no effect on mesh fsdp=2, where data=1"),
         (run_of(), "sequence_parallel", "sequence_parallel=True has no effect on mesh data=1, where tensor=1"),
         (run_of(), "context_attention", "context=1"),

@@ -158,6 +158,17 @@ def test_a_schedule_ends_at_decay_steps_and_stays_there(schedule: str):
     np.testing.assert_allclose(short[STEPS:], 1e-3 if schedule == "constant" else 1e-4, rtol=1e-6)
 
 
+def test_a_warm_up_as_a_share_of_the_schedule():
+    config = OptimizerConfig(warmup_steps=7)
+    at = jnp.arange(STEPS)
+    for share, steps, same in ((0.1, STEPS, 10), (0.0, STEPS, 0), (1.0, STEPS, STEPS), (0.25, 30, 8)):
+        rates = jax.vmap(make_schedule(dataclasses.replace(config, warmup_fraction=share), steps))(at)
+        expected = jax.vmap(make_schedule(dataclasses.replace(config, warmup_steps=same), steps))(at)
+        np.testing.assert_array_equal(rates, expected)
+    with pytest.raises(ValueError, match="warmup_fraction must be at most 1, got 2"):
+        OptimizerConfig(warmup_fraction=2.0)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_reads_the_fields_that_it_is_said_to_read(name: str):
     """The rest of them may not be given: `config.unused`."""
