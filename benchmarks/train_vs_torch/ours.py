@@ -27,10 +27,11 @@ def main() -> None:
     import jax
     import numpy as np
 
+    from gcompute.config.architecture import architecture
     from gcompute.config.model import ModelConfig
     from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
     from gcompute.measure.roofline import load_or_measure
-    from gcompute.plan.train_step import mfu
+    from gcompute.plan.mfu import mfu
     from gcompute.train.loop import DISPATCH_S, build_programs, place
 
     model = ModelConfig(
@@ -88,7 +89,7 @@ def main() -> None:
                 "steps_a_dispatch": each,
                 "precision": options.precision,
                 "roofline_flops_per_s": peak,
-                "roofline_share": mfu(model, options.batch, run.seq, median_s, peak),
+                "roofline_share": mfu(architecture(model), options.batch, run.seq, median_s, peak),
                 "version": jax.__version__,
             }
         )

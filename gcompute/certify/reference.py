@@ -179,7 +179,8 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     Source of "wsd", whose decay takes the last fifth: Hu et al. 2024 (MiniCPM), section 4.
     """
     peak, floor = config.learning_rate, config.learning_rate * config.final_fraction
-    warmup = min(config.warmup_steps, steps)
+    steps = config.decay_steps or steps
+    warmup = min(config.warmup(steps), steps)
     if step < warmup:
         return peak * (step + 1) / warmup
     after = max(steps - warmup, 1)

@@ -19,6 +19,7 @@ from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_config
 from gcompute.config.serve import ServeConfig
 from gcompute.config.train import PRECISIONS, DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from gcompute.config.unused import check_used
 from gcompute.hardware.target import Target
 
 DOES_NOT_FIT = 1
@@ -202,17 +203,17 @@ def _checked_mesh(mesh: MeshShape, target: Target, example: str) -> MeshShape:
 
 def _run_config(model: str, target: Target, settings: dict[str, dict[str, Any]], values: dict[str, Any]) -> RunConfig:
     mesh = values["mesh"] or settings.get("train", {}).get("mesh") or MeshShape(data=target.num_devices)
-    mesh = _checked_mesh(mesh, target, "fsdp")
-    train_values = {**settings.get("train", {}), **given(TrainConfig, values), "mesh": mesh}
-    optimizer = settings.get("optimizer", {})
-    if values["optimizer"] is not None:
-        optimizer = {**optimizer, "optimizer": values["optimizer"]}
-    return RunConfig(
-        model=dataclasses.replace(model_config(model), **{**settings.get("model", {}), **given(ModelConfig, values)}),
-        optimizer=OptimizerConfig(**optimizer),
+    train_values = {**settings.get("train", {}), **given(TrainConfig, values)}
+    train_values["mesh"] = _checked_mesh(mesh, target, "fsdp")
+    model_values = {**settings.get("model", {}), **given(ModelConfig, values)}
+    run = RunConfig(
+        model=dataclasses.replace(model_config(model), **model_values),
+        optimizer=OptimizerConfig(**{**settings.get("optimizer", {}), **given(OptimizerConfig, values)}),
         train=TrainConfig(**train_values),
         data=DataConfig(),
     )
+    check_used(run, {*model_values, *train_values})
+    return run
 
 
 def compile_elsewhere(request: dict[str, Any], target: Target) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _stored(out: Path, steps: int | None) -> RunConfig | None:
     if stored is None or not any((out / "checkpoints").glob("[0-9]*")):
         return None
     run = run_from_plain(stored, source=str(out / "run.json"))
-    return dataclasses.replace(run, train=dataclasses.replace(run.train, steps=steps or run.train.steps))
+    return run.lasting(steps or run.train.steps)
 
 
 def _trained(

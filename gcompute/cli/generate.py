@@ -12,6 +12,8 @@ from gcompute.cli.flags import PATH, SectionedCommand
 from gcompute.config.serve import ServeConfig
 from gcompute.config.train import AUTO, PRECISIONS
 
+MAX_TOKENS = 100
+
 
 class GenerateCommand(SectionedCommand):
     examples = (
@@ -24,7 +26,7 @@ class GenerateCommand(SectionedCommand):
 @click.command(cls=GenerateCommand)
 @click.argument("checkpoint", type=PATH)
 @click.argument("prompt")
-@click.option("--max-tokens", default=100, show_default=True, help="Most tokens to write.")
+@click.option("--max-tokens", type=int, help=f"Most tokens to write.  [{MAX_TOKENS}, or what the context has room for]")
 @click.option("--temperature", default=0.8, show_default=True, help="0 takes the likeliest token each time.")
 @click.option("--top-k", default=0, show_default=True, help="Draw from the k likeliest tokens; 0: from all.")
 @click.option("--top-p", default=1.0, show_default=True, help="Draw from the likeliest tokens that hold this mass.")
@@ -52,6 +54,10 @@ def command(
     console = plain_console(stderr=True)
     model = load(checkpoint, notice=lambda text: console.print(f"notice: {text}", soft_wrap=True))
     sampling["stop"] = tuple(sampling["stop"])
+    if sampling["max_tokens"] is None:
+        # At least one, so that a prompt that fills the context is refused for what it is.
+        room = model.config.context - len(model.tokenizer.encode(prompt))
+        sampling["max_tokens"] = max(1, min(MAX_TOKENS, room))
     samplings = [Sampling(**sampling, seed=seed + i) for i in range(num)]
     config = ServeConfig(slots=min(num, 8), precision=precision)
     engine = Engine(model.params, model.config, model.tokenizer, config)

@@ -177,6 +177,15 @@ def show_choices(run: RunConfig, choices: Choices, roofline: MeasuredRoofline, c
         console.print(f"notice: the roofline may be measured too low: {roofline.disturbed}.", highlight=False)
 
 
+def show_warmup(run: RunConfig, console: Console) -> None:
+    """Say so where the warm-up is longer than the schedule, and so is cut."""
+    steps = run.optimizer.schedule_steps(run.train.steps)
+    warmup = run.optimizer.warmup(steps)
+    if warmup > steps:
+        text = f"notice: the warm-up of {warmup} steps is cut to the {steps} of the schedule. --warmup-steps N sets it;"
+        console.print(f"{text} --decay-steps N with a longer schedule keeps it.", highlight=False)
+
+
 def with_vocabulary(run: RunConfig, corpus: TokenizedCorpus, *, given: bool) -> RunConfig:
     """The run with the tokenizer's vocabulary size, or the one given where it is large enough."""
     size = corpus.tokenizer.vocab_size
@@ -250,6 +259,8 @@ def train_session(
             f" vocabulary {corpus.tokenizer.vocab_size:,}"
         )
         show_choices(run, choices, roofline, console)
+        if not resume:
+            show_warmup(run, console)
         machine = look()
         prediction = predict(run, roofline)
         show_prediction(prediction, run, console)

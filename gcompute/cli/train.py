@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import click
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
 from gcompute.cli.flags import MODEL, PATH, SectionedCommand, config_options, given, read_toml
 from gcompute.cli.main import INTERRUPTED
-from gcompute.cli.run_directory import RUN, SECTIONS, stored_run
-from gcompute.cli.run_directory import run_from_plain as run_from_plain
+from gcompute.cli.resume import RESUME, Asked, continued, new_run
+from gcompute.cli.run_directory import RUN, SECTIONS
 from gcompute.cli.signals import stop_signals
 from gcompute.config.model import ModelConfig
-from gcompute.config.presets import model_config
-from gcompute.config.train import RESUMABLE, DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from gcompute.config.unused import unused
 from gcompute.measure.cache import writable_cache
 
 
@@ -31,7 +31,7 @@ class TrainCommand(SectionedCommand):
         "gcompute train --model nano-small --data input.txt --tokenizer char --batch 12 --steps 2000 --out runs/char",
         "gcompute train --layers 4 --heads 4 --dim 128 --context 64 --data notes/ --tokenizer byte --out runs/notes",
         "gcompute train --config run.toml --learning-rate 3e-4 --out runs/second",
-        "gcompute train --out runs/first --resume",
+        "gcompute train --out runs/first --resume --steps 1000",
         "JAX_NUM_CPU_DEVICES=4 gcompute train --mesh data=2,fsdp=2 --steps 20 --out runs/mesh",
     )
 
@@ -40,8 +40,16 @@ class TrainCommand(SectionedCommand):
 @click.option("--model", "model_name", type=MODEL, help="Preset, or a model's .json or .toml file.  [demo]")
 @click.option("--config", "config_file", type=PATH, help="TOML: [model] [optimizer] [train] [data].")
 @click.option("--out", type=PATH, default=Path("runs/train"), show_default=True, help="Run directory.")
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, bit for bit.")
-@click.option("--inexact", is_flag=True, help="With --resume: also where this device or jaxlib rounds otherwise.")
+@click.option(
+    "--resume",
+    type=click.Choice(RESUME),
+    default="auto",
+    is_flag=False,
+    flag_value="yes",
+    help="Go on from the newest checkpoint in --out, bit for bit. auto: where --out holds the run that this command"
+    " describes; yes, or --resume alone: what is not given is taken from the run there, if any; no: never.  [auto]",
+)
+@click.option("--inexact", is_flag=True, help="Resume also where this device or jaxlib rounds otherwise.")
 @click.option("--profile", is_flag=True, help="Trace a few dispatches into OUT/profile, for XProf and Perfetto.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 @click.option("--fast/--no-fast", default=True, help="Restart once with huge pages where that is faster.  [fast]")
@@ -53,7 +61,7 @@ def command(
     model_name: str | None,
     config_file: Path | None,
     out: Path,
-    resume: bool,
+    resume: str,
     inexact: bool,
     profile: bool,
     as_json: bool,
@@ -65,55 +73,26 @@ def command(
     restart_fast(fast)
     quiet_backends()
     settings = read_toml(config_file, SECTIONS) if config_file else {}
-    from gcompute.model.pretrained import CHECKPOINTS, saved_steps
-
-    if resume:
-        stored = stored_run(out)
-        if stored is None:
-            raise ValueError(f"--resume: {out} holds no run to go on with. Check --out, or leave --resume away.")
-        if stored[1]:
-            print(f"notice: {stored[1]}", file=sys.stderr)
-        run = _resumed_config(stored[0], settings, values, model_name)
-        how = {"profile": profile, "as_json": as_json, "started": started, "inexact": inexact}
-        execute(run, out=out, resume=True, vocab_given=True, **how)
-        return
-    if inexact:
+    asked = Asked(
+        sections={name: {**settings.get(name, {}), **given(kind, values)} for name, kind in SECTIONS.items()},
+        model_name=model_name,
+    )
+    begun = continued(asked, out, resume)
+    if begun is None and inexact and resume != "yes":
         raise ValueError("--inexact goes with --resume: a new run has nothing to be equal to. Leave it away.")
-    if saved_steps(out / CHECKPOINTS):
-        raise ValueError(f"{out} already holds a run. Go on with --resume, or choose another --out.")
-    model = model_config(model_name or "demo")
-    chosen = {**settings.get("model", {}), **given(ModelConfig, values)}
-    run = RunConfig(
-        model=dataclasses.replace(model, **chosen),
-        optimizer=OptimizerConfig(**{**settings.get("optimizer", {}), **given(OptimizerConfig, values)}),
-        train=TrainConfig(**{**settings.get("train", {}), **given(TrainConfig, values)}),
-        data=DataConfig(**{**settings.get("data", {}), **given(DataConfig, values)}),
-    )
+    for notice in begun.notices if begun else ():
+        print(f"notice: {notice}", file=sys.stderr)
     execute(
-        run, out=out, resume=False, profile=profile, as_json=as_json, started=started, vocab_given="vocab" in chosen
+        begun.run if begun else new_run(asked),
+        out=out,
+        resume=begun is not None,
+        profile=profile,
+        as_json=as_json,
+        started=started,
+        vocab_given=begun is not None or "vocab" in asked.sections["model"],
+        inexact=inexact,
+        asked=asked.names,
     )
-
-
-def _resumed_config(
-    run: RunConfig, settings: dict[str, dict[str, Any]], values: dict[str, Any], model_name: str | None
-) -> RunConfig:
-    """The stored configuration with what may change replaced; a flag that contradicts it is an error."""
-    if model_name is not None and model_config(model_name) != run.model:
-        raise ValueError("--resume takes the model from the run: leave --model away, or start another --out.")
-    parts: dict[str, Any] = {}
-    for section, kind in SECTIONS.items():
-        current, changes = getattr(run, section), {}
-        for name, value in {**settings.get(section, {}), **given(kind, values)}.items():
-            if value == getattr(current, name):
-                continue
-            if name not in RESUMABLE:
-                raise ValueError(
-                    f"--resume: {name} was {getattr(current, name)!r} and cannot become {value!r} in the same run."
-                    " Leave it away, or start another --out."
-                )
-            changes[name] = value
-        parts[section] = dataclasses.replace(current, **changes)
-    return RunConfig(**parts)
 
 
 class StopRequest:
@@ -162,20 +141,25 @@ def execute(
     started: float,
     vocab_given: bool,
     inexact: bool = False,
+    asked: Collection[str] = (),
 ) -> None:
-    """Prepare the data, train, and print how it went."""
+    """Prepare the data, train, and print how it went. `asked`: the fields of `run` that the command gave."""
     import jax
 
     from gcompute.cli.consoles import plain_console
     from gcompute.cli.session import train_session
+    from gcompute.train.resolve import default_mesh
 
     cache = writable_cache()
     use_compilation_cache()
     again = f"Go on with: gcompute train --out {shlex.quote(str(out))} --resume"
     try:
-        with stop_on_interrupt() as asked:
+        with stop_on_interrupt() as interrupt:
             first = jax.process_index() == 0
             console = plain_console(stderr=True, quiet=not first, soft_wrap=True)
+            if run.train.mesh is None:
+                for reason in unused(run, asked, default_mesh()).values():
+                    console.print(f"notice: {reason}.")
             session = train_session(
                 run,
                 out=out,
@@ -184,7 +168,7 @@ def execute(
                 profile=profile,
                 vocab_given=vocab_given,
                 console=console,
-                stopped=lambda: bool(asked),
+                stopped=lambda: bool(interrupt),
                 started=started,
                 inexact=inexact,
             )

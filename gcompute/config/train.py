@@ -1,6 +1,6 @@
 """What a training run is: data, optimizer, and the run itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gcompute.config.fields import check_choices, check_numbers, option, to_plain
 from gcompute.config.mesh import MeshShape
@@ -18,10 +18,10 @@ MOST_SEED = 2**32 - 1
 # Indices of tokens within a batch are int32.
 MOST_TOKENS_PER_STEP = 2**31 - 1
 # What a resumed run may be given anew: nothing of this changes the steps already done, and the same steps follow. Two
-# exceptions that are asked for: other `steps` move the end of the schedule, another `mesh` adds in another order, as do
+# exceptions that are asked for: `decay_steps` move the end of the schedule, another `mesh` adds in another order, as do
 # the settings that say how a mesh is used.
 RESUMABLE = {"steps", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps", "mesh"}
-RESUMABLE |= {"final_eval_batches"}
+RESUMABLE |= {"final_eval_batches", "decay_steps"}
 RESUMABLE |= {"accumulation", "zero", "sequence_parallel", "context_attention", "pipeline_schedule", "pipeline_chunks"}
 # The tokens are compared with those that the run began with, so the text may have moved.
 RESUMABLE |= {"data"}
@@ -56,6 +56,12 @@ class OptimizerConfig:
     learning_rate: float = option(1e-3, "peak learning rate")
     schedule: str = option("cosine", "after the warm-up", choices=("cosine", "linear", "constant", "wsd"))
     warmup_steps: int = option(100, "steps of linear warm-up from 0")
+    warmup_fraction: float | None = option(
+        None, "warm-up as a share of the schedule's steps (default: warmup_steps says it)"
+    )
+    decay_steps: int | None = option(
+        None, "step at which the schedule has reached its end, and stays there (default: steps, as the run began)"
+    )
     final_fraction: float = option(0.1, "learning rate at the end, as a share of the peak")
     weight_decay: float = option(0.1, "decoupled weight decay of matrices and embeddings; biases and norms have none")
     b1: float = option(0.9, "decay of the first moment (momentum for sgd and muon)")
@@ -67,11 +73,22 @@ class OptimizerConfig:
         check_choices(self)
         check_numbers(
             self,
-            positive=("learning_rate", "eps"),
-            at_least_zero=("warmup_steps", "final_fraction", "weight_decay", "b1", "b2", "clip"),
+            positive=("learning_rate", "eps", "decay_steps"),
+            at_least_zero=("warmup_steps", "warmup_fraction", "final_fraction", "weight_decay", "b1", "b2", "clip"),
         )
         if self.b1 >= 1 or self.b2 >= 1:
             raise ValueError(f"b1 and b2 must be below 1, got b1={self.b1}, b2={self.b2}.")
+
+        if self.warmup_fraction is not None and self.warmup_fraction > 1:
+            raise ValueError(f"warmup_fraction must be at most 1, got {self.warmup_fraction}.")
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a schedule of `steps`, as asked for: a fixed number may be more."""
+        return self.warmup_steps if self.warmup_fraction is None else round(self.warmup_fraction * steps)
+
+    def schedule_steps(self, steps: int) -> int:
+        """At which step the schedule of a run of `steps` has reached its end."""
+        return self.decay_steps or steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +204,13 @@ class RunConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.train.batch * self.seq
+
+    def lasting(self, steps: int) -> "RunConfig":
+        """This run with another number of steps and the schedule that it has, so that no learning rate changes."""
+        if steps == self.train.steps:
+            return self
+        kept = replace(self.optimizer, decay_steps=self.optimizer.schedule_steps(self.train.steps))
+        return replace(self, optimizer=kept, train=replace(self.train, steps=steps))
 
     def to_dict(self) -> dict[str, dict[str, object]]:
         """Plain values, a section a dataclass; the same that a TOML file holds."""

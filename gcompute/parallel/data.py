@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, PyTree
 from gcompute.config.mesh import Axis
 from gcompute.parallel.collectives import Axes, all_reduce, varying
 from gcompute.parallel.einsum import accumulator
+from gcompute.parallel.mesh import check_automatic
 
 LossFn = Callable[[Any, Any], Float[Array, ""]]
 Step = Callable[[Any, Any, Any], tuple[Any, Any, Float[Array, ""]]]
@@ -82,9 +83,10 @@ def jit_step(
     the sums of the devices get a dim of their own, [n, ...] split over `axis`, and are added up after the last.
 
     Raises:
-      ValueError: as `shard_map_step`.
+      ValueError: as `shard_map_step`, or `mesh` has explicit axes.
     """
     size = num_shards(mesh, axis)
+    check_automatic(mesh)
     whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(axis))
     pin = jax.lax.with_sharding_constraint
 

@@ -27,7 +27,7 @@ from gcompute.config.mesh import Axis
 from gcompute.parallel.collectives import varying
 from gcompute.parallel.einsum import accumulator, einsum
 from gcompute.parallel.load_balance import Layout
-from gcompute.parallel.placement import manual_axes, without_axes
+from gcompute.parallel.placement import constrain_automatic
 from gcompute.parallel.routing import (
     Routing,
     Slots,
@@ -188,15 +188,12 @@ def automatic_mixture(
     together = PartitionSpec(None, (Axis.DATA, Axis.FSDP, Axis.EXPERT))
     apart = PartitionSpec(Axis.EXPERT, (Axis.DATA, Axis.FSDP))
 
-    def constrain(x: Array, spec: PartitionSpec) -> Array:
-        return jax.lax.with_sharding_constraint(x, without_axes(spec, manual_axes()))
-
     num_experts, seq = router_DE.shape[1], x_BTD.shape[1]
     routing = _routing(x_BTD, router_DE, k)
     slots = assign_slots(routing.expert_btk, num_experts, seq if capacity is None else min(capacity, seq))
-    x_EBCD = constrain(dispatch(x_BTD, slots, num_experts=num_experts, compute=compute), together)
-    y_EBCD = experts(constrain(x_EBCD, apart)).astype(compute)
-    y_EBCD = constrain(constrain(y_EBCD, apart), together)
+    x_EBCD = constrain_automatic(dispatch(x_BTD, slots, num_experts=num_experts, compute=compute), together)
+    y_EBCD = experts(constrain_automatic(x_EBCD, apart)).astype(compute)
+    y_EBCD = constrain_automatic(constrain_automatic(y_EBCD, apart), together)
     return combine(y_EBCD, slots, routing.weight_btk), _stats(routing, slots.dropped)
 
 

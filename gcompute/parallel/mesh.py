@@ -63,6 +63,25 @@ def use_mesh(mesh: Mesh) -> AbstractContextManager[Any]:
     return mesh if jax.__version_info__ < (0, 8, 0) else jax.set_mesh(mesh)
 
 
+def check_automatic(mesh: Mesh | AbstractMesh) -> None:
+    """Refuse a mesh with explicit axes, as `jax.make_mesh` makes them by default in newer versions of JAX.
+
+    Sharding constraints, which tell the compiler how to split the work, are for automatic axes alone.
+
+    Raises:
+      ValueError: an axis of `mesh` is explicit.
+    """
+    explicit = [
+        str(name) for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    ]
+    if explicit:
+        raise ValueError(
+            f"the mesh has explicit axes ({', '.join(explicit)}), and this needs automatic ones. Make it with"
+            " gcompute.parallel.mesh.build_mesh, or with jax.make_mesh(..., axis_types=(AxisType.Auto,) *"
+            f" {len(mesh.axis_names)})."
+        )
+
+
 def shape_of(shape: MeshShape) -> tuple[int, ...]:
     """The sizes in the order of `Axis`."""
     return tuple(shape.size(axis) for axis in Axis)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gcompute.config.mesh import Axis, MeshShape
 from gcompute.parallel.load_balance import Layout
+from gcompute.parallel.mesh import check_automatic
 from gcompute.parallel.rules import ACTIVATION_RULES, Rules, partition_spec
 
 
@@ -36,18 +37,34 @@ def without_axes(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def constrain_automatic(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """`x`, laid out by `spec` over the axes of the mesh in use that are still automatic.
+
+    Raises:
+      ValueError: the mesh in use has explicit axes.
+    """
+    check_automatic(jax.sharding.get_abstract_mesh())
+    return jax.lax.with_sharding_constraint(x, without_axes(spec, manual_axes()))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """The mesh under a model's forward pass, and how its context and tensor axes are used.
 
     context_attention: "ring" or "ulysses". layout: how a sequence lies over the context axis, see `load_balance`.
     sequence_parallel: whether the stream between blocks is split over the tensor axis too.
+
+    Raises:
+      ValueError: the mesh has explicit axes.
     """
 
     mesh: Mesh
     shape: MeshShape
     context_attention: str = "ring"
     sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        check_automatic(self.mesh)
 
     @property
     def layout(self) -> Layout:
@@ -69,7 +86,7 @@ class Placement:
         """
         if self.shape.num_devices == 1:
             return x
-        return jax.lax.with_sharding_constraint(x, without_axes(self.spec(dims, rules), manual_axes()))
+        return constrain_automatic(x, self.spec(dims, rules))
 
     def manual(self, fn: Callable[..., Any], axes: Collection[Axis], in_specs: Any, out_specs: Any) -> Any:
         """`fn`, per-device code over `axes` alone: within it the compiler still splits the work over the others."""

@@ -38,6 +38,7 @@ from jaxtyping import Array, PyTree
 from gcompute.config.mesh import Axis
 from gcompute.parallel.collectives import Axes, all_gather, all_reduce, reduce_scatter, varying
 from gcompute.parallel.data import LossFn, Step, check_rows, grouped_gradients, local_gradients, num_shards, update
+from gcompute.parallel.mesh import check_automatic
 from gcompute.parallel.zero_layout import check_specs, check_stage, placements, split_dim
 from gcompute.parallel.zero_update import check_elementwise
 
@@ -174,9 +175,10 @@ def automatic_zero_step(
         rather than gather them, as tensor parallelism does. Without it they are pinned whole for use.
 
     Raises:
-      ValueError: as `zero_step`, but for the optimizer: any will do.
+      ValueError: as `zero_step`, but for the optimizer: any will do; or `mesh` has explicit axes.
     """
     _check_stage(stage, loss_gathers)
+    check_automatic(mesh)
     everywhere = (*replicas, *((axis,) if isinstance(axis, str) else axis))
     size = num_shards(mesh, everywhere)
     rows = NamedSharding(mesh, PartitionSpec(everywhere))

@@ -82,6 +82,8 @@ def _check(axis: Axis, ways: int, sizes: dict[str, int], why: str) -> None:
             legal = ", ".join(
                 str(n) for n in range(1, min(sizes.values()) + 1) if all(size % n == 0 for size in sizes.values())
             )
+            padded = -(-size // ways) * ways
+            or_pad = f"; or pad the vocabulary: --vocab {padded}" if name == "vocab" else ""
             raise ValueError(
-                f"mesh {axis.value}={ways} does not divide {name}={size}: {why}. Legal: {axis.value}={legal}."
+                f"mesh {axis.value}={ways} does not divide {name}={size}: {why}. Legal: {axis.value}={legal}{or_pad}."
             )

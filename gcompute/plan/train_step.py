@@ -28,8 +28,9 @@ class TrainFlops:
     `step_flops` = 6 P tokens + 12 L N H seq tokens, P the parameters multiplied by (the output layer among them, tied
     or not): what the program computes when attention scores the whole square, without recomputation. Of experts, P
     holds the k that a token is sent to: the program multiplies their empty places too, `rows_per_token` / k times as
-    much, and those do not count. It is also the convention of our MFU. `attention_flops` is its second term.
-    `causal_step_flops` counts only the scores s <= t that the mask keeps: the least a causal model can do.
+    much, and those do not count. `attention_flops` is its second term.
+    `causal_step_flops` counts only the scores s <= t that the mask keeps: the least a causal model can do, and what
+    MFU counts (`plan.mfu`).
 
     Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
     """
@@ -58,19 +59,6 @@ def train_flops(config: ModelConfig, *, batch: int, seq: int) -> TrainFlops:
         attention_flops=attention_flops,
         causal_step_flops=weights_flops + per_pair * causal_pairs,
     )
-
-
-def mfu(config: ModelConfig, batch: int, seq: int, step_s: float, peak_flops_per_s: float) -> float:
-    """Model FLOP/s utilisation: `train_flops(...).step_flops` / (step_s peak), the peak that of all devices together.
-
-    Recomputation under remat adds time but no operations here, so it lowers the figure.
-
-    Raises:
-      ValueError: the time or the peak is not above 0.
-    """
-    if step_s <= 0 or peak_flops_per_s <= 0:
-        raise ValueError(f"step_s={step_s} and peak_flops_per_s={peak_flops_per_s} must both be above 0.")
-    return train_flops(config, batch=batch, seq=seq).step_flops / (step_s * peak_flops_per_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

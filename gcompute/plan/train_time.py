@@ -14,8 +14,8 @@ from gcompute.config.architecture import Architecture
 from gcompute.hardware.target import Target
 from gcompute.plan.efficiency import Device, Efficiency, device_of, efficiency_of, operation_s
 from gcompute.plan.links import routes
+from gcompute.plan.mfu import kept_keys, mfu
 from gcompute.plan.operations import Operation, Rows, backward, block_forward, output_forward
-from gcompute.plan.sizes import sizes
 from gcompute.plan.traffic import Communication, communication_of, hidden_behind
 from gcompute.plan.train_run import TrainRun, params_on_device
 
@@ -80,7 +80,7 @@ def train_time(run: TrainRun, target: Target, efficiency: Efficiency | None = No
         optimizer_s=optimizer_s,
         step_s=step_s,
         tokens_per_s=run.tokens / step_s,
-        mfu=model_flops(run.model, run.batch, run.seq) / (step_s * peak),
+        mfu=mfu(run.model, run.batch, run.seq, step_s, peak),
         bound=_bound(work, found, bubble_s, _host_s(run, target)),
     )
 
@@ -124,25 +124,6 @@ def _work(shape: _Shape, device: Device, efficiency: Efficiency) -> _Work:
     return _Work(operations, by_kind["matmul"], by_kind["attention"], by_kind["sweep"], computing_s)
 
 
-def model_flops(model: Architecture, batch: int, seq: int) -> float:
-    """Operations of one step without recomputation, of scores those that the mask keeps: what our MFU counts here.
-
-    6 P tokens + 6 N (H + value) keys tokens a layer, keys = (seq + 1) / 2, or fewer through a window. MFU of runs
-    published before July 2025 counts the whole square, as `plan.train_step.mfu` does of a trainer that computes it.
-    Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
-    """
-    rows = Rows(tokens=batch * seq, keys=(seq + 1) / 2)
-    attention = sum(
-        6
-        * group.num
-        * group.attention.heads
-        * (group.attention.head_dim + group.attention.value_size)
-        * _averaged(rows, seq, group.attention.window).keys
-        for group in model.layers
-    )
-    return batch * seq * (6 * sizes(model).matmul + attention)
-
-
 def train_operations(run: TrainRun) -> tuple[Operation, ...]:
     """Every operation of one step on the device that has most of them, all microbatches together."""
     return _operations(_shape(run))
@@ -181,7 +162,7 @@ def _averaged(rows: Rows, seq: int, window: int | None) -> Rows:
     """With the keys that a query sees on average through `window`: all before it at first, then the window."""
     if window is None or window >= seq:
         return rows
-    return dataclasses.replace(rows, keys=(window * (window + 1) / 2 + (seq - window) * window) / seq)
+    return dataclasses.replace(rows, keys=kept_keys(seq, window))
 
 
 def recomputed(operation: Operation, remat: str | Collection[str]) -> bool:

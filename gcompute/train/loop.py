@@ -15,11 +15,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gcompute.config.train import RunConfig
+from gcompute.config.architecture import architecture
+from gcompute.config.plain import from_plain
+from gcompute.config.train import OptimizerConfig, RunConfig
 from gcompute.measure.machine import rounding
 from gcompute.measure.profile import trace
 from gcompute.model.pretrained import CHECKPOINTS
-from gcompute.plan.train_step import train_flops
+from gcompute.plan.mfu import model_flops
 from gcompute.train.checkpoint import Checkpoints
 from gcompute.train.corpus import TokenizedCorpus
 from gcompute.train.data import BatchSource, Prefetcher, ValidationWindows
@@ -138,7 +140,7 @@ def train(
     final_eval = windows.final(train_config.final_eval_batches, steps=steps, eval_batches=train_config.eval_batches)
     learning_rates = jax.device_get(jax.jit(jax.vmap(make_schedule(run.optimizer, steps)))(np.arange(steps)))
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(programs.abstract_state.params))
-    flops = train_flops(run.model, batch=train_config.batch, seq=run.seq).step_flops
+    flops = model_flops(architecture(run.model), train_config.batch, run.seq)
     tokens_sha256 = tokens_fingerprint(corpus)
     meta = {
         **(about or {}),
@@ -168,6 +170,7 @@ def train(
             )
         if restored:
             _check_rounding(restored[1].get("made_on"), meta["made_on"], out, report if inexact else None)
+            _tell_of_schedule(restored[1], run, learning_rates, report)
         state = restored[0] if restored else programs.init(jax.random.key(train_config.seed))
         state = dataclasses.replace(state, step=place(np.asarray(state.step), programs.abstract_state.step.sharding))
         step = int(state.step)
@@ -193,11 +196,14 @@ def train(
         trained_s = 0.0
         dispatches = 0
         profiling: ExitStack | None = None
+        profiled_until = 0
         while step < steps and not agreed(stopped):
-            if profile and dispatches == 1:
+            num = _dispatch_size(programs, train_config, step, rates, adapt=jax.process_count() == 1)
+            # The first dispatch pays for page faults and caches; it is traced only where it is the last as well.
+            if profile and profiling is None and (dispatches or step + num == steps):
                 profiling = stack.enter_context(ExitStack())
                 profiling.enter_context(trace(out / PROFILE))
-            num = _dispatch_size(programs, train_config, step, rates, adapt=jax.process_count() == 1)
+                profiled_until = dispatches + PROFILED_DISPATCHES
             rows = [next(batches) for _ in range(num)]
             inputs, targets = (
                 place(_padded([row[side] for row in rows], programs.dispatch_steps), programs.batch_sharding)
@@ -214,7 +220,7 @@ def train(
             if dispatches:
                 rates.append((now - started) / num)
             dispatches += 1
-            if profiling and dispatches == 1 + PROFILED_DISPATCHES:
+            if profiling and dispatches == profiled_until:
                 profiling.close()
             losses = [float(loss) for loss in metrics.loss[:num]]
             norms = [float(norm) for norm in metrics.gradient_norm[:num]]
@@ -259,6 +265,9 @@ def train(
                 checkpoints.save(state, meta)
                 saved = step
                 report(Saved(step=step))
+        if profile and profiling is None:
+            why = "no step was left to run" if step >= steps else "the run was stopped before the second dispatch"
+            report(Notice(text=f"--profile left no trace: {why}."))
         if step > saved:
             checkpoints.save(state, meta)
             report(Saved(step=step))
@@ -294,6 +303,23 @@ def _check_rounding(there: dict[str, Any] | None, here: dict[str, Any], out: Pat
             " other rounding."
         )
     notify(Notice(text=f"the steps from here on round otherwise than those before: {what}."))
+
+
+def _tell_of_schedule(saved: Mapping[str, Any], run: RunConfig, rates: np.ndarray, report: Report) -> None:
+    """Say where the schedule of `run` gives the next step another learning rate than that of the checkpoint did."""
+    step = int(saved["step"])
+    if step >= len(rates):
+        return
+    values = from_plain(OptimizerConfig, saved["optimizer"], source="the checkpoint [optimizer]")
+    before = OptimizerConfig(**values)
+    steps = int(saved["train"]["steps"])
+    was = float(np.asarray(make_schedule(before, steps)(step)))
+    if not math.isclose(was, rates[step], rel_tol=1e-3):
+        ends = before.schedule_steps(steps), run.optimizer.schedule_steps(run.train.steps)
+        text = (
+            f"the learning rate of step {step + 1} is {rates[step]:.3g} and was to be {was:.3g}: the schedule ends at"
+        )
+        report(Notice(text=f"{text} step {ends[1]} now and ended at step {ends[0]} before."))
 
 
 def _diverged(what: str, saved: int) -> FloatingPointError:

@@ -13,9 +13,13 @@ WSD_DECAY = 0.2
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up to the peak, then the schedule's decay to `final_fraction` of it."""
+    """Learning rate by step: linear warm-up to the peak, then the schedule's decay to `final_fraction` of it.
+
+    The decay ends at `decay_steps`, else at `steps`, and the rate stays there. A longer warm-up is cut to end with it.
+    """
+    steps = config.schedule_steps(steps)
     peak, floor = config.learning_rate, config.learning_rate * config.final_fraction
-    warmup = min(config.warmup_steps, steps)
+    warmup = min(config.warmup(steps), steps)
     after = max(steps - warmup, 1)
     match config.schedule:
         case "cosine":
@@ -73,7 +77,13 @@ def _muon_dims(params: Any) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then the chosen optimizer with its schedule and masked weight decay."""
+    """Clip by global norm, then the chosen optimizer with its schedule and masked weight decay.
+
+    Decay is decoupled: each step takes learning rate x weight_decay of a matrix off it, whatever the optimizer. Two
+    exceptions: adam has none, and lamb's decay is part of the update that it normalises, as in its paper.
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101 (decoupled decay); You et al. 2020, arXiv:1904.00962 (LAMB).
+    """
     rate = make_schedule(config, steps)
     decay, b1, b2, eps = config.weight_decay, config.b1, config.b2, config.eps
     match config.optimizer:
@@ -88,7 +98,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         case "lamb":
             rule = optax.lamb(rate, b1, b2, eps, weight_decay=decay, mask=_decay_mask)
         case "adafactor":
-            rule = optax.adafactor(rate, weight_decay_rate=decay or None, weight_decay_mask=_decay_mask)
+            # Its own decay is not multiplied by the learning rate, and would shrink weights by a tenth per step.
+            rule = _decayed(optax.adafactor(None), decay, rate)
         case "muon":
             direction = optax.contrib.muon(
                 1.0,
@@ -101,14 +112,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 consistent_rms=0.2,
             )
             # Its own decay has no mask for what Adam updates, and would shrink the norms.
-            rule = optax.chain(
-                direction,
-                optax.scale(-1.0),
-                optax.add_decayed_weights(decay, _decay_mask),
-                optax.scale_by_learning_rate(rate),
-            )
+            rule = _decayed(direction, decay, rate)
         case "sgd":
-            rule = optax.chain(optax.add_decayed_weights(decay, _decay_mask), optax.sgd(rate, b1 or None))
+            # Decay that went through the momentum would shrink weights 1 / (1 - b1) times as fast.
+            rule = _decayed(optax.sgd(1.0, b1 or None), decay, rate)
         case name:
             raise ValueError(f"optimizer {name!r} is not known.")
     return optax.chain(optax.clip_by_global_norm(config.clip), rule) if config.clip else rule
+
+
+def _decayed(step: optax.GradientTransformation, decay: float, rate: optax.Schedule) -> optax.GradientTransformation:
+    """rate (`step` - decay params): an optimizer that takes whole steps, with masked decay and its learning rate."""
+    return optax.chain(
+        step, optax.scale(-1.0), optax.add_decayed_weights(decay, _decay_mask), optax.scale_by_learning_rate(rate)
+    )

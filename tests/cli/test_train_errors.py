@@ -83,6 +83,8 @@ def test_an_empty_directory_of_data(gcompute: Command, tmp_path: Path):
         (["--seq", "17"], "seq=17 is longer than the model's context=16"),
         (["--heads", "5"], "dim=32 does not divide into heads=5"),
         (["--heads", "4", "--kv-heads", "3"], "do not group over kv_heads=3"),
+        (["--optimizer", "adam", "--weight-decay", "0.5"], "weight_decay=0.5 has no effect with optimizer=adam"),
+        (["--zero", "1"], "zero=1 has no effect on mesh data=1"),
         (["--vocab", "3"], "below the tokenizer's"),
         (["--learning-rate", "nan"], "learning_rate must be above 0"),
         (["--learning-rate", "inf"], "learning_rate must be above 0"),
@@ -129,6 +131,7 @@ def test_bad_flags(flags: list[str], said: str, gcompute: Command, words: Path, 
         ("[model]\nbias = 'no'", "bias must be of type bool, got 'no'"),
         ("[optimizer]\noptimizer = 'muonn'", "optimizer='muonn' is not known. Did you mean 'muon'?"),
         ("[optimizer]\nlearning_rate = nan", "learning_rate must be above 0, got nan"),
+        ("[optimizer]\noptimizer = 'lion'\neps = 0.1", "eps=0.1 has no effect with optimizer=lion"),
         ("[train\nsteps = 3", "does not parse as TOML"),
         ("\x00", "does not parse as TOML"),
     ],
@@ -196,7 +199,11 @@ def test_writing_into_the_directory_of_the_data(gcompute: Command, words: Path, 
 
 def test_a_directory_that_holds_a_run_is_not_overwritten(gcompute: Command, words: Path, run_copy: Path):
     before = snapshot(run_copy)
-    assert "already holds a run. Go on with --resume" in gcompute(*TINY, "--data", words, "--out", run_copy).error
+    again = (*TINY, "--data", words, "--out", run_copy)
+    assert "already holds a run. Go on with --resume" in gcompute(*again, "--resume", "no").error
+    error = gcompute(*again, "--learning-rate", "0.5").error
+    assert "already holds a run, and another one: learning_rate is 0.001 there and 0.5 here" in error
+    assert "already holds a run, and another one: layers is 1 there" in gcompute(*TINY[:2], "--out", run_copy).error
     assert snapshot(run_copy) == before
 
 
@@ -231,6 +238,21 @@ def test_resuming_with_what_contradicts_the_run(flags: list[str], said: str, gco
     before = snapshot(run_copy)
     assert said in gcompute("train", "--no-fast", "--out", run_copy, "--resume", *flags).error
     assert snapshot(run_copy) == before
+
+
+def test_a_resumed_run_whose_text_is_gone(gcompute: Command, words: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    text = tmp_path / "here" / "text.txt"
+    text.write_text(words.read_text())
+    monkeypatch.chdir(tmp_path / "here")
+    assert gcompute(*TINY, "--data", "text.txt", "--out", tmp_path / "out").status == 0
+    resumed = ("train", "--no-fast", "--out", tmp_path / "out", "--resume", "--steps", "7")
+    monkeypatch.chdir(tmp_path / "there")
+    assert gcompute(*resumed).status == 0
+    text.rename(tmp_path / "there" / "moved.txt")
+    assert f"the run's data {text} is not there. Say where the text is now with --data" in gcompute(*resumed).error
+    assert gcompute(*resumed, "--data", "moved.txt").status == 0
 
 
 def test_resuming_where_there_is_no_run(gcompute: Command, tmp_path: Path):

@@ -11,12 +11,15 @@ from gcompute.plan.legal import check_mesh
 
 LLAMA = PRESETS["llama3-8b"]
 MIXTRAL = PRESETS["mixtral-8x7b"]
+# As of a character tokenizer.
+ODD = dataclasses.replace(LLAMA, vocab=27)
 
 
 @pytest.mark.parametrize(
     ("mesh", "changes", "words"),
     [
         ("tensor=6", {}, "tensor=6 does not divide heads=32.*Legal: tensor=1, 2, 4, 8"),
+        ("tensor=4", {"config": ODD}, "divide vocab=27: .*Legal: tensor=1; or pad the vocabulary: --vocab 28"),
         ("tensor=16", {}, "tensor=16 does not divide kv_heads=8"),
         ("fsdp=3", {}, "fsdp=3 does not divide dim=4096"),
         ("expert=2", {}, "needs a model with experts"),

@@ -15,7 +15,6 @@ from gcompute.plan.params import count_params
 from gcompute.plan.train_step import (
     Matmul,
     block_matmuls,
-    mfu,
     newton_schulz_flops,
     optimizer_traffic_bytes,
     predict_train_step,
@@ -132,8 +131,6 @@ def test_prediction_with_endless_bandwidth_is_flops_over_the_ceiling():
     )
     assert step.step_s == pytest.approx(train_flops(config, batch=64, seq=256).step_flops / 5e11)
     assert step.bound == "compute"
-    # Time at the ceiling alone is an MFU of 1 by definition.
-    assert mfu(config, 64, 256, step.step_s, 5e11) == pytest.approx(1.0)
 
 
 def test_prediction_with_endless_compute_is_bytes_over_bandwidth():
@@ -201,8 +198,3 @@ def test_accumulation_adds_only_the_accumulator_where_matmuls_are_bound_by_opera
 def test_refuses_what_cannot_be(changes, words):
     with pytest.raises(ValueError, match=words):
         predict_train_step(PRESETS["test"], **{"batch": 8, "seq": 32, "precision": "float32", **CEILINGS, **changes})
-
-
-def test_mfu_refuses_no_time():
-    with pytest.raises(ValueError, match="above 0"):
-        mfu(PRESETS["test"], 8, 32, 0.0, 1e12)

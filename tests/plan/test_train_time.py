@@ -14,12 +14,12 @@ from gcompute.exam.fit import _errors, _work
 from gcompute.exam.published import PublishedRun, published_runs
 from gcompute.hardware.target import Target
 from gcompute.plan.efficiency import BY_KIND, DATASHEET, Efficiency
+from gcompute.plan.mfu import model_flops
 from gcompute.plan.params import weight_arrays
 from gcompute.plan.train_run import TrainRun, params_on_device
 from gcompute.plan.train_time import (
     TrainTime,
     bubble,
-    model_flops,
     optimizer_operation,
     train_time,
 )

@@ -1,6 +1,7 @@
 """What the loop does and when: the same steps however they are grouped, evaluations and checkpoints in their places."""
 
 import itertools
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from gcompute.config.mesh import MeshShape
 from gcompute.model.pretrained import CHECKPOINTS, saved_steps
 from gcompute.model.transformer import forward
 from gcompute.train.corpus import TokenizedCorpus
-from gcompute.train.events import Evaluated, Saved, Started, Stepped
+from gcompute.train.events import Evaluated, Event, Notice, Saved, Started, Stepped
 from gcompute.train.loop import advice_on_memory, evaluate, open_data, train
 from gcompute.train.programs import build_programs, resolve_mesh
 
@@ -105,3 +106,31 @@ def test_a_stop_before_the_first_step_is_saved_as_step_0(corpus: TokenizedCorpus
     result = train(make_run(dispatch_steps=4), corpus, out=tmp_path, stopped=lambda: next(asked) >= 0)
     assert (result.step, result.finished, result.train_loss) == (0, False, None)
     assert saved_steps(tmp_path / CHECKPOINTS) == [0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "dispatch_steps", "first"), [(1, None, 0), (2, None, 0), (4, 4, 0), (6, 2, 0), (3, None, 2), (2, None, 2)]
+)
+def test_a_profile_of_a_short_run(
+    steps: int, dispatch_steps: int | None, first: int, corpus: TokenizedCorpus, tmp_path: Path, monkeypatch
+):
+    """It leaves one trace, or says why there is none."""
+    traces = []
+
+    @contextmanager
+    def traced(directory: Path):
+        yield traces.append(directory)
+
+    monkeypatch.setattr("gcompute.train.loop.trace", traced)
+    if first:
+        train(make_run(steps=first), corpus, out=tmp_path)
+    events: list[Event] = []
+    run = make_run(steps=first or steps, dispatch_steps=dispatch_steps).lasting(steps)
+    train(run, corpus, out=tmp_path, resume=bool(first), profile=True, report=events.append)
+    said = [event.text for event in events if isinstance(event, Notice)]
+    if first == steps:
+        assert not traces
+        assert said == ["--profile left no trace: no step was left to run."]
+    else:
+        assert traces == [tmp_path / "profile"]
+        assert not said

@@ -11,6 +11,7 @@ from tiers import mostly_slow
 from tiny_run import make_run
 
 from gcompute.config.train import OPTIMIZERS, OptimizerConfig
+from gcompute.config.unused import OPTIMIZER_FIELDS
 from gcompute.model.transformer import Execution, abstract_params, init
 from gcompute.train.objective import mean_loss
 from gcompute.train.optimizer import decays, make_optimizer, make_schedule
@@ -82,11 +83,26 @@ def test_weight_decay_shrinks_matrices_and_embeddings_alone(name: str):
             assert moved == 0, path
         else:
             assert moved > 0, path
-            if name in ("adamw", "nadamw", "lion", "muon", "sgd"):
+            if name != "lamb":
                 rate = 1e-3
                 np.testing.assert_allclose(
                     shifts[0.1][path] - shifts[0.0][path], -rate * 0.1 * values, atol=3e-7, err_msg=path
                 )
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"adam", "lamb"}))
+def test_without_gradients_each_step_shrinks_by_rate_times_decay(name: str):
+    params = {"blocks": {"up_DF": jnp.full((1, 8, 8), 2.0)}}
+    config = OptimizerConfig(
+        optimizer=name, learning_rate=1e-2, weight_decay=0.1, warmup_steps=0, schedule="constant", clip=0
+    )
+    optimizer = make_optimizer(config, STEPS)
+    state = optimizer.init(params)
+    for step in range(1, 5):
+        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+        # Several steps: decay that went through a momentum would gather speed.
+        np.testing.assert_allclose(params["blocks"]["up_DF"], 2 * (1 - 1e-2 * 0.1) ** step, rtol=1e-6)
 
 
 def test_biases_and_norms_have_no_decay():
@@ -129,6 +145,50 @@ def test_schedules_at_their_turning_points():
         assert rates(schedule, warmup_steps=1)[:2] == pytest.approx([2.0, 2.0])
         # A warm-up longer than the run ends with it.
         assert rates(schedule, warmup_steps=500)[STEPS - 1] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+def test_a_schedule_ends_at_decay_steps_and_stays_there(schedule: str):
+    config = OptimizerConfig(schedule=schedule, warmup_steps=10)
+    at = jnp.arange(3 * STEPS)
+    kept = dataclasses.replace(config, decay_steps=STEPS)
+    short, long = (np.asarray(jax.vmap(make_schedule(kept, steps))(at)) for steps in (STEPS // 2, 3 * STEPS))
+    np.testing.assert_array_equal(short, long)
+    np.testing.assert_array_equal(short, jax.vmap(make_schedule(config, STEPS))(at))
+    np.testing.assert_allclose(short[STEPS:], 1e-3 if schedule == "constant" else 1e-4, rtol=1e-6)
+
+
+def test_a_warm_up_as_a_share_of_the_schedule():
+    config = OptimizerConfig(warmup_steps=7)
+    at = jnp.arange(STEPS)
+    for share, steps, same in ((0.1, STEPS, 10), (0.0, STEPS, 0), (1.0, STEPS, STEPS), (0.25, 30, 8)):
+        rates = jax.vmap(make_schedule(dataclasses.replace(config, warmup_fraction=share), steps))(at)
+        expected = jax.vmap(make_schedule(dataclasses.replace(config, warmup_steps=same), steps))(at)
+        np.testing.assert_array_equal(rates, expected)
+    with pytest.raises(ValueError, match="warmup_fraction must be at most 1, got 2"):
+        OptimizerConfig(warmup_fraction=2.0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_reads_the_fields_that_it_is_said_to_read(name: str):
+    """The rest of them may not be given: `config.unused`."""
+    params = {"blocks": {"up_DF": jnp.full((1, 8, 8), 2.0)}, "embedding_VD": jnp.full((8, 8), 2.0)}
+    draw = np.random.default_rng(0)
+    gradients = [jax.tree.map(lambda leaf: 1e-2 * draw.normal(size=leaf.shape), params) for _ in range(4)]
+
+    def after_steps(**fields: float) -> np.ndarray:
+        config = OptimizerConfig(optimizer=name, warmup_steps=0, schedule="constant", clip=0, **fields)
+        optimizer = make_optimizer(config, STEPS)
+        state, now = optimizer.init(params), params
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, now)
+            now = optax.apply_updates(now, updates)
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(now)])
+
+    usual = after_steps()
+    other = {"weight_decay": 0.5, "b1": 0.2, "b2": 0.3, "eps": 0.1}
+    read = tuple(field for field, value in other.items() if (after_steps(**{field: value}) != usual).any())
+    assert read == OPTIMIZER_FIELDS[name]
 
 
 def test_gradients_are_clipped_by_their_global_norm():

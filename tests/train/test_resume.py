@@ -125,6 +125,23 @@ def test_more_steps_go_on_and_fewer_are_refused(corpus: TokenizedCorpus, tmp_pat
     assert [row["step"] for row in read_metrics(tmp_path / METRICS) if row["kind"] == "train"] == list(range(1, 15))
 
 
+def test_a_longer_run_keeps_its_schedule_or_says_what_changes(corpus: TokenizedCorpus, tmp_path: Path):
+    run = make_run(dispatch_steps=4)
+    # A warm-up that the first end cuts: stretched to its full length it would throw the rate back.
+    run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, warmup_steps=100, schedule="constant"))
+    train(run, corpus, out=tmp_path)
+    events = []
+    train(run.lasting(16), corpus, out=tmp_path, resume=True, report=events.append)
+    rates = [row["learning_rate"] for row in read_metrics(tmp_path / METRICS) if row["kind"] == "train"]
+    assert rates[11:] == pytest.approx([1e-2] * 5)
+    assert not any(isinstance(event, Notice) for event in events)
+    moved = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=40))
+    train(moved, corpus, out=tmp_path, resume=True, report=events.append, stopped=stop_after(1))
+    (notice,) = [event.text for event in events if isinstance(event, Notice)]
+    said = "the learning rate of step 17 is 0.00425 and was to be 0.01: the schedule ends at step 40 now"
+    assert notice == f"{said} and ended at step 12 before."
+
+
 def test_other_text_is_refused_even_where_the_tokenizer_is_the_same(corpus: TokenizedCorpus, tmp_path: Path):
     run = make_run()
     train(run, corpus, out=tmp_path)
@@ -150,7 +167,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(corpus: TokenizedCorpus, tm
         split += bool(leaf.ndim) and leaf.addressable_shards[0].data.size < leaf.size
     # Parameters and both of Adam's moments: 7 matrices of the block and the embedding.
     assert split >= 3 * 8
-    more = dataclasses.replace(elsewhere, train=dataclasses.replace(elsewhere.train, steps=6))
+    more = elsewhere.lasting(6)
     events = []
     assert train(more, corpus, out=tmp_path, resume=True, report=events.append).step == 6
     assert not any(isinstance(event, Notice) for event in events)
