@@ -77,7 +77,7 @@ class JinjaTemplate:
         class Generation(Extension):
             """What lies between `generation` and `endgeneration`, which matters to who trains on it, as it is."""
 
-            tags: ClassVar[set[str]] = {"generation"}
+            tags: ClassVar[set[str]] = {"generation"}  # pyright: ignore[reportIncompatibleVariableOverride]
 
             def parse(self, parser: Any) -> Any:
                 next(parser.stream)
