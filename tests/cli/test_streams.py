@@ -90,3 +90,9 @@ def test_a_picture_that_fails_is_one_line(tmp_path: Path):
 
     assert not try_to_draw(draw, tmp_path / "loss.png", said.append)
     assert said == [f"{tmp_path / 'loss.png'} could not be drawn (no font); all else is kept."]
+
+
+def test_a_log_is_not_as_narrow_as_the_terminal_that_started_it(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    assert plain_console(file=io.StringIO()).width == 80
+    assert plain_console(file=io.StringIO(), force_terminal=True).width == 20

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from openai_calls import GREEDY, LOCAL, chunks_of, complete, error_of, metric, stream
 
+from gcompute.cli.signals import stop_signals
 from gcompute.config.serve import ServeConfig
 from gcompute.serve import client
 from gcompute.serve.request import Sampling
@@ -191,7 +192,7 @@ def test_before_it_is_ready_calls_are_answered_503(small_engine):
         small_engine.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_under_load_lets_accepted_requests_finish_and_closes_the_engine(small_engine, number, before_each):
     results = []
     small_engine.warmup()
@@ -214,6 +215,9 @@ def test_a_signal_under_load_lets_accepted_requests_finish_and_closes_the_engine
             for _ in calls:
                 assert submitted.acquire(timeout=30)
             os.kill(os.getpid(), number)
+            if number == signal.SIGHUP:
+                # A closed terminal may send a second, which does not insist as Ctrl-C does.
+                os.kill(os.getpid(), number)
             signalled.set()
             results.extend(call.result() for call in calls)
 
@@ -224,7 +228,7 @@ def test_a_signal_under_load_lets_accepted_requests_finish_and_closes_the_engine
         threads[0].start()
 
     with before_each(small_engine, "decode", lambda: signalled.wait(30)):
-        serve(small_engine, LOCAL, model_name="tiny", announce=announce)
+        serve(small_engine, LOCAL, model_name="tiny", announce=announce, signals=stop_signals())
     threads[0].join()
     assert [result["usage"]["completion_tokens"] for result in results[:3]] == [10] * 3
     assert all(result[-1] == "[DONE]" for result in results[3:])
