@@ -84,7 +84,7 @@ def continued(asked: Asked, out: Path, resume: str) -> Continued | None:
         if not asked.nothing:
             return None
         raise ValueError(f"--resume: {out} holds no run to go on with. Check --out, or say what to train.")
-    stored, notice = found
+    stored, notice = replace(found[0], data=_found_from_anywhere(found[0].data)), found[1]
     if resume == "auto":
         _check_described(asked, stored, out)
     notices = [notice] if notice else []
@@ -101,7 +101,7 @@ def _check_described(asked: Asked, stored: RunConfig, out: Path) -> None:
         "model": model,
         "optimizer": OptimizerConfig(**asked.sections["optimizer"]),
         "train": TrainConfig(**asked.sections["train"]),
-        "data": DataConfig(**asked.sections["data"]),
+        "data": _found_from_anywhere(DataConfig(**asked.sections["data"])),
     }
     differ = [
         f"{name} is {there!r} there and {here!r} here"
@@ -130,7 +130,11 @@ def _given_anew(asked: Asked, run: RunConfig) -> RunConfig:
     changed = set()
     for section in SECTIONS:
         current, changes = getattr(run, section), {}
-        for name, value in asked.sections[section].items():
+        given = asked.sections[section]
+        if section == "data":
+            whole = _found_from_anywhere(replace(current, **given))
+            given = {name: getattr(whole, name) for name in given}
+        for name, value in given.items():
             # `auto` was settled when the run began.
             if value == getattr(current, name) or (value == AUTO and name in SETTLED):
                 continue
@@ -144,8 +148,8 @@ def _given_anew(asked: Asked, run: RunConfig) -> RunConfig:
         parts[section] = replace(current, **changes)
     if "decay_steps" not in changed and "steps" in changed:
         parts["optimizer"] = run.lasting(parts["train"].steps).optimizer
-    given_data = "data" in asked.sections["data"]
-    parts["data"] = _found_from_anywhere(parts["data"]) if given_data else _still_there(parts["data"])
+    if "data" not in asked.sections["data"]:
+        _check_there(run.data)
     after = RunConfig(**parts)
     check_used(after, changed)
     return after
@@ -175,13 +179,15 @@ def _of_schedule(before: RunConfig, after: RunConfig) -> list[str]:
 
 
 def _found_from_anywhere(data: DataConfig) -> DataConfig:
-    """The data by its whole path, so that the run goes on from another folder too."""
-    path = Path(data.data)
-    return replace(data, data=str(path.absolute())) if data.data != STDLIB and path.exists() else data
+    """The text and a tokenizer's file by their whole paths, so that the run goes on from another folder too."""
+    text, tokenizer = Path(data.data), Path(data.tokenizer)
+    if data.data != STDLIB and text.exists():
+        data = replace(data, data=str(text.absolute()))
+    return replace(data, tokenizer=str(tokenizer.absolute())) if tokenizer.is_file() and tokenizer.suffix else data
 
 
-def _still_there(data: DataConfig) -> DataConfig:
-    """The data of a run, as it is stored.
+def _check_there(data: DataConfig) -> None:
+    """Refuse to resume where the text of the run is gone.
 
     Raises:
       ValueError: nothing is at its path.
@@ -192,4 +198,3 @@ def _still_there(data: DataConfig) -> DataConfig:
             f"the run's data {data.data} is not there{where}. Say where the text is now with --data PATH; its tokens"
             " are compared with those that the run began with."
         )
-    return data

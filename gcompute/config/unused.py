@@ -1,6 +1,8 @@
 """Settings that a run has no use for: refused where they were given, so that none is ignored in silence."""
 
 from collections.abc import Collection
+from dataclasses import fields
+from typing import Any
 
 from gcompute.config.mesh import Axis, MeshShape
 from gcompute.config.train import OPTIMIZERS, RunConfig
@@ -16,10 +18,10 @@ OPTIMIZER_FIELDS = {
     "lamb": ("weight_decay", "b1", "b2", "eps"),
     "sgd": ("weight_decay", "b1"),
 }
-# What says how a mesh axis is used, and so nothing where its size is 1.
+# What says how a mesh axis is used, and so nothing where its size is 1. Their defaults ask for nothing, and a file that
+# lists every field may serve a laptop too.
 AXIS_FIELDS = {
     "zero": Axis.DATA,
-    "sequence_parallel": Axis.TENSOR,
     "context_attention": Axis.CONTEXT,
     "pipeline_schedule": Axis.STAGE,
 }
@@ -29,7 +31,7 @@ EXPERT_FIELDS = ("experts_per_token", "balance_weight")
 def unused(run: RunConfig, names: Collection[str], mesh: MeshShape | None) -> dict[str, str]:
     """Why each of the settings in `names` changes nothing in `run`, by name; those with an effect are left out.
 
-    A setting that asks for nothing, such as weight_decay=0 or zero=0, is never listed.
+    A setting that asks for nothing is never listed: weight_decay=0, or the default of what a mesh axis or experts use.
 
     Args:
       names: fields of the run's parts that somebody gave. mesh: where it runs; None: not known yet, so the settings of
@@ -52,13 +54,17 @@ def unused(run: RunConfig, names: Collection[str], mesh: MeshShape | None) -> di
             f" warmup_fraction={optimizer.warmup_fraction:g}, which says the same"
         )
     if run.model.experts is None:
-        for name in EXPERT_FIELDS:
+        for name in (name for name in EXPERT_FIELDS if getattr(run.model, name) != _default(run.model, name)):
             reasons[name] = f"{name}={getattr(run.model, name)} has no effect on a model without experts"
     for name, axis in AXIS_FIELDS.items():
         value = getattr(train, name)
-        if mesh is not None and mesh.size(axis) == 1 and value:
+        if mesh is not None and mesh.size(axis) == 1 and value != _default(train, name):
             reasons[name] = f"{name}={value} has no effect on mesh {mesh}, where {axis}=1"
     return {name: reason for name, reason in reasons.items() if name in names}
+
+
+def _default(config: Any, name: str) -> Any:
+    return next(field.default for field in fields(config) if field.name == name)
 
 
 def check_used(run: RunConfig, names: Collection[str]) -> None:

@@ -47,3 +47,19 @@ def test_a_longer_run_keeps_the_schedule_that_it_began_with(gcompute: Command, r
 def test_a_warm_up_that_the_run_cuts_is_said(gcompute: Command, words: Path, tmp_path: Path):
     ended = gcompute(*TINY, "--data", words, "--out", tmp_path / "out", "--warmup-steps", "100")
     assert "notice: the warm-up of 100 steps is cut to the 6 of the schedule" in ended.err
+
+
+def test_a_tokenizer_file_is_found_from_any_folder(
+    gcompute: Command, words: Path, run_copy: Path, tmp_path: Path, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    (run_copy / "tokenizer.json").rename(tmp_path / "here" / "tokens.json")
+    monkeypatch.chdir(tmp_path / "here")
+    command = (*TINY, "--tokenizer", "tokens.json", "--data", words, "--out", tmp_path / "out")
+    for more in ((), ("--steps", "7")):
+        ended = gcompute(*command, *more)
+        assert ended.status == 0, ended.err
+    monkeypatch.chdir(tmp_path)
+    ended = gcompute("train", "--no-fast", "--out", tmp_path / "out", "--resume", "--steps", "8")
+    assert ended.status == 0, ended.err
+    assert steps_of(tmp_path / "out") == list(range(1, 9))

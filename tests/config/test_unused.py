@@ -15,11 +15,15 @@ NAMES = {
 
 
 def run_of(
-    mesh: str | None = "data=1", experts: int | None = None, optimizer: dict | None = None, **train
+    mesh: str | None = "data=1",
+    experts: int | None = None,
+    optimizer: dict | None = None,
+    model: dict | None = None,
+    **train,
 ) -> RunConfig:
     shape = MeshShape.parse(mesh) if mesh is not None else None
     return RunConfig(
-        model=dataclasses.replace(PRESETS["test"], experts=experts),
+        model=dataclasses.replace(PRESETS["test"], experts=experts, **(model or {})),
         optimizer=OptimizerConfig(**(optimizer or {})),
         train=TrainConfig(mesh=shape, **train),
         data=DataConfig(),
@@ -36,10 +40,9 @@ def run_of(
         (run_of(optimizer={"schedule": "constant"}), "final_fraction", "schedule=constant, which never decays"),
         (run_of(optimizer={"warmup_fraction": 0.1}), "warmup_steps", "with warmup_fraction=0.1"),
         (run_of("fsdp=2", zero=1), "zero", "zero=1 has no effect on mesh fsdp=2, where data=1"),
-        (run_of(), "sequence_parallel", "sequence_parallel=True has no effect on mesh data=1, where tensor=1"),
-        (run_of(), "context_attention", "context=1"),
+        (run_of(context_attention="ulysses"), "context_attention", "has no effect on mesh data=1, where context=1"),
         (run_of(pipeline_schedule="gpipe"), "pipeline_schedule", "stage=1"),
-        (run_of(), "experts_per_token", "a model without experts"),
+        (run_of(model={"experts_per_token": 3}), "experts_per_token", "a model without experts"),
     ],
     ids=lambda value: value if isinstance(value, str) and "_" in value else "",
 )
@@ -55,7 +58,7 @@ def test_what_was_given_and_changes_nothing_is_refused(run: RunConfig, name: str
     [
         (run_of(optimizer={"optimizer": "adam", "weight_decay": 0}), {"weight_decay"}),
         (run_of(optimizer={"schedule": "constant", "final_fraction": 1.0}), {"final_fraction"}),
-        (run_of(zero=0, sequence_parallel=False), {"zero", "sequence_parallel"}),
+        (run_of(), NAMES),
         (run_of("data=2", zero=1), {"zero"}),
         (run_of(experts=4), {"experts_per_token", "balance_weight"}),
         (run_of(None, zero=1), {"zero", "context_attention"}),
