@@ -1,5 +1,6 @@
 """How a checkpoint is served."""
 
+import re
 from dataclasses import dataclass
 
 from gcompute.config.fields import check_choices, check_numbers, option
@@ -19,7 +20,9 @@ POSITIVE = (
     "draft_batch",
     "timeout_s",
     "max_body_bytes",
+    "keep_alive_s",
 )
+ORIGIN = re.compile(r"https?://[^/\s,]+")
 PREEMPTIONS = ("recompute", "swap")
 QUANTIZED = ("int8",)
 SPECULATIONS = ("none", "ngram", "draft")
@@ -55,6 +58,10 @@ class ServeConfig:
     deterministic: bool = option(False, "the same bits whatever else runs, at a cost in speed")
     timeout_s: float | None = option(None, "longest that a call may take, in seconds (default: no limit)")
     max_body_bytes: int = option(4 << 20, "largest request body; larger ones are answered 413")
+    keep_alive_s: int = option(75, "seconds that an idle connection is kept, longer than clients' pools keep theirs")
+    allow_origin: str = option(
+        "", "web origins whose pages may call this server, as in https://a.example,http://localhost:3000; * for all"
+    )
     precision: str = option(
         AUTO,
         "dtype of matmul operands (auto: bfloat16, or float32 on a CPU that is slower with it)",
@@ -66,8 +73,16 @@ class ServeConfig:
     kv: str | None = option(None, "dtype that keys and values are kept in (default: the precision)", choices=QUANTIZED)
     mesh: MeshShape | None = option(None, "mesh axes, such as tensor=2 or data=2,expert=4 (default: one device)")
 
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The origins of `allow_origin`."""
+        return tuple(one.strip().rstrip("/") for one in self.allow_origin.split(",") if one.strip())
+
     def __post_init__(self) -> None:
         check_choices(self)
+        for one in self.origins:
+            if one != "*" and not ORIGIN.fullmatch(one):
+                raise ValueError(f"allow_origin={one!r} is no origin: give scheme://host or scheme://host:port, or *.")
         check_numbers(self, positive=POSITIVE, at_least_zero=("port",))
         if self.port > 65535:
             raise ValueError(f"port must be below 65536, got {self.port}.")

@@ -2,6 +2,7 @@
 
     POST /v1/completions    POST /v1/chat/completions    GET /v1/models    GET /v1/models/NAME
     GET /health             GET /metrics                 GET /              GET /engine    GET /engine/events
+    POST /tokenize          POST /detokenize
 
 A client that goes away takes its requests with it: their slots are free after the dispatch in progress. With an API key
 all of /v1 needs it, as `Authorization: Bearer KEY`. So do the snapshots of /engine, once or as events while somebody
@@ -31,10 +32,11 @@ from gcompute.serve.page.document import document
 from gcompute.serve.parameters import unknown_model
 from gcompute.serve.position import DecodeRoofline
 from gcompute.serve.protocol import Answer, Ask, parse_ask
-from gcompute.serve.request import NotReady
+from gcompute.serve.request import NotReady, RequestError
 from gcompute.serve.sse import EventStreamResponse, cancelled_with_client, check_served, dump
 from gcompute.serve.stream import Completion, EventStream, completion
 from gcompute.serve.template import ChatTemplate, PlainTemplate
+from gcompute.serve.tokenize import detokenized, tokenized
 from gcompute.serve.watch import Watch
 from gcompute.serve.watchers import Watchers
 
@@ -102,6 +104,8 @@ class _Api:
             routes=[
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/tokenize", self._with_key(self._tokenize), methods=["POST"]),
+                Route("/detokenize", self._with_key(self._detokenize), methods=["POST"]),
                 Route("/v1/models", self._with_key(self._models)),
                 Route("/v1/models/{name:path}", self._with_key(self._one_model)),
                 Route("/health", self._health),
@@ -124,6 +128,18 @@ class _Api:
             return parse_chat(body, engine=self._engine, model_name=self._model_name, template=self._template)
 
         return await self._complete(request, parse, ChatAnswer)
+
+    async def _tokenize(self, request: Request) -> Response:
+        def answer(body: bytes) -> dict[str, Any]:
+            return tokenized(body, engine=self._engine, model_name=self._model_name, template=self._template)
+
+        return _json(await run_in_threadpool(answer, await _read_body(request, self._max_body_bytes)))
+
+    async def _detokenize(self, request: Request) -> Response:
+        def answer(body: bytes) -> dict[str, Any]:
+            return detokenized(body, engine=self._engine, model_name=self._model_name)
+
+        return _json(await run_in_threadpool(answer, await _read_body(request, self._max_body_bytes)))
 
     async def _complete(self, request: Request, parse: Parse, answer_type: type[Answer]) -> Response:
         try:
@@ -166,7 +182,9 @@ class _Api:
             try:
                 self._check_key(request)
                 return await handler(request)
-            except (HttpError, NotReady) as error:
+            except ClientDisconnect:
+                return UNREAD
+            except (HttpError, NotReady, RequestError) as error:
                 return self._refuse(error)
 
         return checked

@@ -3,7 +3,8 @@
 from typing import Any
 
 from gcompute.serve.engine import Engine
-from gcompute.serve.parameters import SHARED, check_model, read_count, read_field, read_object, short
+from gcompute.serve.parameters import EMPTY, SHARED, check_model, read_count, read_field, read_object, short
+from gcompute.serve.parameters import NEUTRAL as SHARED_NEUTRAL
 from gcompute.serve.protocol import Answer, Ask, make_ask
 from gcompute.serve.reports import chat_logprobs
 from gcompute.serve.request import MAX_TOP_LOGPROBS, RequestError
@@ -11,19 +12,27 @@ from gcompute.serve.stream import Completion, Finished, Tokens
 from gcompute.serve.template import ChatTemplate, Message
 
 KNOWN = (*SHARED, "messages", "max_completion_tokens", "top_logprobs")
-# Parameters of OpenAI's and vLLM's chat that are not built, with the values that ask for nothing.
+# As in `parameters.NEUTRAL`, of chat alone.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
+    **SHARED_NEUTRAL,
+    "tools": (),
     "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
+    "functions": (),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True,),
     "modalities": (["text"],),
-    "store": (False,),
-    "metadata": ({},),
+    "store": (),
     "service_tier": ("auto", "default"),
-    "skip_special_tokens": (False,),
+    "reasoning_effort": ("none",),
+    "include_reasoning": (True,),
+    "verbosity": ("medium",),
+    "chat_template_kwargs": (),
+    "documents": (),
     "add_generation_prompt": (True,),
-    "echo": (False,),
+    # The template writes them.
+    "add_special_tokens": (False,),
+    "continue_final_message": (),
+    "echo": (),
 }
 ROLES = ("system", "developer", "user", "assistant")
 MAX_MESSAGES = 1024
@@ -49,18 +58,25 @@ def parse_chat(body: bytes, *, engine: Engine, model_name: str, template: ChatTe
         ids = template.encode(messages, engine.tokenizer)
     except ValueError as error:
         raise RequestError(short(str(error), 300), param="messages") from None
-    return make_ask(
-        fields,
-        engine=engine,
-        model_name=model_name,
-        prompts=[ids],
-        each=n,
-        shown=n,
-        logprobs=_read_logprobs(fields),
-        default_max_tokens=engine.max_context,
-        more_stop=template.stop,
-        more_end=engine.tokenizer.special_tokens.get(template.end or ""),
-    )
+    try:
+        return make_ask(
+            fields,
+            engine=engine,
+            model_name=model_name,
+            prompts=[ids],
+            each=n,
+            shown=n,
+            logprobs=_read_logprobs(fields),
+            default_max_tokens=engine.max_context,
+            more_stop=template.stop,
+            more_end=engine.tokenizer.special_tokens.get(template.end or ""),
+        )
+    except RequestError as error:
+        # The caller hears of the fields that it sent.
+        sent = {"prompt": "messages"}
+        if fields.get("max_completion_tokens") is not None:
+            sent["max_tokens"] = "max_completion_tokens"
+        raise RequestError(str(error), param=sent.get(error.param or "", error.param), code=error.code) from None
 
 
 def read_messages(fields: dict[str, Any]) -> list[Message]:
@@ -76,8 +92,8 @@ def read_messages(fields: dict[str, Any]) -> list[Message]:
         if not isinstance(message, dict):
             raise RequestError(f"{where} must be an object, got {short(message)}.", param=where)
         for name, value in message.items():
-            # An answer that is sent back has fields that are null: `refusal`, and others with other servers.
-            if name not in ("role", "content", "name") and value is not None:
+            # An answer that is sent back has fields that hold nothing: `refusal`, `annotations`, and others.
+            if name not in ("role", "content", "name") and value is not None and value not in EMPTY:
                 raise RequestError(f"{where} has {short(name)!r}, which is not supported.", param=where)
         role = message.get("role")
         if role not in ROLES:

@@ -14,11 +14,13 @@ from gcompute.serve.request import MAX_BIASES, RequestError, Sampling
 
 MAX_N = 16
 
+# Labels for whoever keeps records: they change no answer.
+LABELS = ("safety_identifier", "prompt_cache_key", "metadata")
 # Read, or harmless: `user` names the end user and changes nothing.
 SHARED = (
     *("model", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "ignore_eos"),
-    *("stream", "stream_options", "n", "user"),
+    *("stream", "stream_options", "n", "user", *LABELS),
 )
 # Handed to Sampling as they came.
 PLAIN = (
@@ -27,6 +29,26 @@ PLAIN = (
 )
 
 Neutral = Mapping[str, tuple[Any, ...]]
+
+# Parameters of OpenAI's and vLLM's calls that are not built, with values that ask for nothing, beside EMPTY.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "prompt_logprobs": (),
+    "skip_special_tokens": (),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (),
+    "use_beam_search": (),
+    "length_penalty": (1, 1.0),
+    "early_stopping": (),
+    "add_special_tokens": (True,),
+    "priority": (),
+    "return_token_ids": (),
+    "return_tokens_as_token_ids": (),
+    "truncate_prompt_tokens": (-1,),
+    "response_format": ({"type": "text"},),
+}
+EMPTY = (False, 0, 0.0, "", [], {})
+# Where such a value asks for something.
+NEVER_EMPTY = ("add_generation_prompt", "add_special_tokens", "truncate_prompt_tokens")
 
 
 def read_object(body: bytes, *, known: tuple[str, ...], neutral: Neutral) -> dict[str, Any]:
@@ -51,14 +73,15 @@ def read_object(body: bytes, *, known: tuple[str, ...], neutral: Neutral) -> dic
             continue
         if name not in known and name not in neutral:
             raise RequestError(f"Unknown parameter: {short(name)!r}. {nearest(short(name), known)}", param=short(name))
-        if name in neutral and not _is_neutral(value, neutral[name]):
+        if name in neutral and not _is_neutral(name, value, neutral[name]):
             raise RequestError(f"{name} is not supported by this server: leave it out.", param=name)
     return fields
 
 
-def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+def _is_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> bool:
     # 0 == False and 1 == True in Python, and not in JSON.
-    return any(value == legal and isinstance(value, bool) == isinstance(legal, bool) for legal in neutral)
+    legal = neutral if name in NEVER_EMPTY else (*EMPTY, *neutral)
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in legal)
 
 
 def read_field(fields: dict[str, Any], name: str, kind: type, default: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gcompute.serve.engine import Engine
+from gcompute.serve.parameters import NEUTRAL as SHARED_NEUTRAL
 from gcompute.serve.parameters import (
     SHARED,
     check_model,
@@ -24,12 +25,7 @@ from gcompute.serve.stream import Completion, Finished, Tokens, Usage
 DEFAULT_MAX_TOKENS = 16
 
 KNOWN = (*SHARED, "prompt", "echo", "best_of")
-# Parameters of OpenAI's and vLLM's completions that are not built, with the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "prompt_logprobs": (),
-    "suffix": ("",),
-    "skip_special_tokens": (False,),
-}
+NEUTRAL = {**SHARED_NEUTRAL, "suffix": ()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

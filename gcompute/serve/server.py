@@ -14,6 +14,7 @@ import uvicorn
 from gcompute.config.serve import ServeConfig
 from gcompute.serve.api import create_app
 from gcompute.serve.engine import Engine
+from gcompute.serve.front import guarded
 from gcompute.serve.position import DecodeRoofline
 from gcompute.serve.request import NotReady
 from gcompute.serve.template import ChatTemplate
@@ -108,8 +109,18 @@ def _make_server(
         timeout_s=config.timeout_s,
         roofline=roofline,
     )
+    front = guarded(app, host=config.host, has_key=api_key is not None, origins=config.origins)
     return _Server(
-        uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, backlog=BACKLOG),
+        uvicorn.Config(
+            front,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=config.keep_alive_s,
+        ),
         engine,
         app.state.watchers,
     )

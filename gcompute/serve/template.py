@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 from gcompute.model.tokenizer import Tokenizer
 
 CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 # Special tokens that a message spells out are numbers between two private characters until they are encoded as text.
 MARK = "\uf8ff"
 MARKED = re.compile(f"{MARK}([0-9]+){MARK}")
@@ -129,14 +130,16 @@ def load_template(folder: Path, notice: Callable[[str], None]) -> ChatTemplate:
     Raises:
       ValueError: tokenizer_config.json cannot be read.
     """
-    path = folder / CONFIG
-    if not path.is_file():
-        return PlainTemplate()
+    path, own = folder / CONFIG, folder / TEMPLATE
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
+        config = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+        written = own.read_text(encoding="utf-8-sig") if own.is_file() else None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from None
-    source = config.get("chat_template") if isinstance(config, dict) else None
+        raise ValueError(f"{folder} holds a chat template that cannot be read: {error}.") from None
+    config = config if isinstance(config, dict) else {}
+    # The file of its own is what transformers writes now, and wins.
+    source = config.get("chat_template") if written is None else written
+    path = path if written is None else own
     if isinstance(source, list):
         named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
         source = named.get("default")

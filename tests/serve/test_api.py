@@ -130,7 +130,7 @@ def test_a_client_that_disconnects_frees_its_slots(url, engine, gate, monkeypatc
     assert refused == 1
     body = {"prompt": "a", "max_tokens": 60, "ignore_eos": True, "n": 4, "stream": streamed}
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as leaving:
         leaving.sendall(head.encode() + content)

@@ -79,6 +79,10 @@ from gcompute.serve.request import RequestError
         ({"prompt": "a", "best_of": True}, "best_of"),
         ({"prompt": "a", "best_of": 2, "stream": True}, "stream"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "add_special_tokens": False}, "add_special_tokens"),
+        ({"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"prompt": "a", "length_penalty": 2.0}, "length_penalty"),
+        ({"prompt": "a", "priority": True}, "priority"),
         ({"prompt": "a", "temprature": 1}, "temprature"),
     ],
 )
@@ -91,6 +95,9 @@ def test_each_bad_parameter_is_a_400_that_names_it(http, body, param):
 
 def test_neutral_values_of_what_is_not_built_are_accepted(http):
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "best_of": 1, "suffix": None}
+    vllm = {"use_beam_search": False, "length_penalty": 1.0, "early_stopping": False, "truncate_prompt_tokens": -1}
+    neutral |= {**vllm, "priority": 0, "return_token_ids": False, "add_special_tokens": True, "metadata": {"a": "b"}}
+    neutral |= {"spaces_between_special_tokens": True, "include_stop_str_in_output": False, "prompt_logprobs": 0}
     plain = complete(http, prompt="a", **GREEDY)["choices"]
     assert (
         complete(http, prompt="a", logprobs=None, user="me", top_k=-1, stop=None, **neutral, **GREEDY)["choices"]

@@ -89,7 +89,11 @@ def test_a_streamed_chat_begins_with_the_role_and_ends_with_the_reason(http):
         ({"messages": [HELLO[0], {"role": "user"}]}, "messages[1]"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}]}, "messages[0]"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"add_special_tokens": True}, "add_special_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": 10**6}, "max_completion_tokens"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
@@ -109,7 +113,7 @@ def test_each_bad_chat_is_a_400_that_names_what(http, body, param):
 
 def test_a_chat_that_is_too_long_and_an_unknown_model(http):
     long = [{"role": "user", "content": "x" * 80}]
-    error_of(http.post(PATH, json={"messages": long}), 400, param="prompt", code="context_length_exceeded")
+    error_of(http.post(PATH, json={"messages": long}), 400, param="messages", code="context_length_exceeded")
     response = http.post(PATH, json={"messages": HELLO, "model": "gpt-5"})
     error_of(response, 404, param="model", code="model_not_found")
 
@@ -151,7 +155,11 @@ def test_the_chosen_token_is_among_the_likeliest_and_offsets_count_characters():
 
 
 def test_what_asks_for_nothing_is_accepted_whatever_its_name(http):
-    found = chat(http, reasoning_effort=None, messages=[{**HELLO[0], "tool_calls": None, "refusal": None}])
+    sent_back = {**HELLO[0], "tool_calls": [], "refusal": None, "annotations": []}
+    nothing = {"reasoning_effort": None, "tools": [], "functions": [], "function_call": "none", "documents": []}
+    labels = {"metadata": {"trace": "1"}, "safety_identifier": "u", "prompt_cache_key": "k", "store": False}
+    more = {"continue_final_message": False, "add_special_tokens": False, "chat_template_kwargs": {}, "echo": False}
+    found = chat(http, **nothing, **labels, **more, verbosity="medium", messages=[sent_back])
     assert found["choices"][0]["message"] == chat(http, messages=HELLO[:1])["choices"][0]["message"]
 
 
@@ -338,3 +346,40 @@ def test_tokens_are_spelled_as_bytes(tokenizer):
     assert letters.spell(letters.encode("é")[0]) == "é".encode()
     assert letters.special_tokens == {}
     assert tokenizer.special_tokens == {"<|endoftext|>": tokenizer.end_of_text}
+
+
+@pytest.mark.parametrize("config", [None, {"eos_token": "<|im_end|>", "chat_template": "never"}])
+def test_a_template_file_of_its_own_wins(tmp_path, config):
+    pytest.importorskip("jinja2")
+    if config:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}{{ eos_token }}")
+    template = load_template(tmp_path, pytest.fail)
+    assert isinstance(template, JinjaTemplate)
+    assert template.end == (config["eos_token"] if config else None)
+
+
+def test_tokens_of_text_and_of_messages(http, engine, tokenizer):
+    ids = list(engine.encode("once upon"))
+    found = http.post("/tokenize", json={"prompt": "once upon", "add_special_tokens": True})
+    assert found.json() == {"count": len(ids), "max_model_len": engine.max_context, "tokens": ids}
+    assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "once upon"}
+    of_messages = http.post("/tokenize", json={"messages": HELLO}).json()["tokens"]
+    assert of_messages == list(PlainTemplate().encode([Message(**one) for one in HELLO], tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": 3}, "prompt"),
+        ("/tokenize", {"messages": [3]}, "messages[0]"),
+        ("/tokenize", {"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [True]}, "tokens"),
+        ("/detokenize", {"tokens": [10**9]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+    ],
+)
+def test_what_cannot_be_tokenized(http, path, body, param):
+    error_of(http.post(path, json=body), 400, param=param)

@@ -32,7 +32,7 @@ def test_a_client_that_takes_nothing_does_not_keep_a_server_from_closing(engine,
     monkeypatch.setattr(server_module, "bind", bind)
     prompts = [[1, 2, 3]] * 7
     content = json.dumps({"prompt": prompts, "max_tokens": 60, "ignore_eos": True, "logprobs": 20, "stream": streamed})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
     with socket.socket() as stalled:
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         with background(engine, LOCAL, model_name="tiny") as url:

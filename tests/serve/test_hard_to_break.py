@@ -160,7 +160,7 @@ def leave_early(url: str, rng: random.Random) -> None:
     """Ask for a stream and close the connection after some bytes, politely or by a reset."""
     body = {"prompt": "a", "max_tokens": 50, "ignore_eos": True, "stream": rng.random() < 0.8, "n": rng.choice((1, 2))}
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n".encode()
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as leaving:
         whole = head + content
@@ -201,7 +201,7 @@ def test_two_hundred_clients_that_leave_lose_no_slot_and_harm_nobody(http, url, 
 
 def test_clients_that_do_not_read_hold_no_slot(http, url, engine, wait_until):
     content = json.dumps({"prompt": "a", "max_tokens": 60, "ignore_eos": True, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n".encode()
     host, port = url.removeprefix("http://").split(":")
     slow = [socket.create_connection((host, int(port)), timeout=30) for _ in range(5)]
     try:

@@ -23,7 +23,7 @@ from gcompute.serve.server import background
 from gcompute.serve.watchers import MAX_WATCHERS, Watchers
 
 REPOSITORY = Path(gcompute.__file__).parent.parent
-WATCH_HEAD = b"GET /engine/events HTTP/1.1\r\nHost: here\r\n\r\n"
+WATCH_HEAD = b"GET /engine/events HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @contextlib.contextmanager
