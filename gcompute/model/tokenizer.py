@@ -144,6 +144,20 @@ class Tokenizer:
                 )
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def least_tokens(self, text: str) -> int:
+        """The fewest ids that `text` can become, without encoding it: its bytes by those of the longest token.
+
+        0 where the kind of tokenizer allows no such bound: only a byte-level one without a normalizer loses no byte.
+        """
+        if self._bytes_of_token is None or self._backend.normalizer is not None:
+            return 0
+        return -(-len(text.encode(errors="replace")) // self._longest_token)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        assert self._bytes_of_token is not None
+        return max(map(len, self._bytes_of_token.values()))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and ids that stand for nothing are left out."""
         return self._backend.decode(list(ids), skip_special_tokens=False)

@@ -248,6 +248,10 @@ async def _collect(stream: EventStream) -> Completion:
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
+    packed = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if packed not in ("", "identity"):
+        message = f"The body is {packed[:40]!r}-encoded: send JSON as it is."
+        raise HttpError(status=415, message=message, code="unsupported_encoding")
     body = bytearray()
     discarded = 0
     async for part in request.stream():

@@ -5,7 +5,7 @@ from typing import Any
 from gcompute.serve.engine import Engine
 from gcompute.serve.parameters import EMPTY, SHARED, check_model, read_count, read_field, read_object, short
 from gcompute.serve.parameters import NEUTRAL as SHARED_NEUTRAL
-from gcompute.serve.protocol import Answer, Ask, make_ask
+from gcompute.serve.protocol import Answer, Ask, check_can_fit, make_ask
 from gcompute.serve.reports import chat_logprobs
 from gcompute.serve.request import MAX_TOP_LOGPROBS, RequestError
 from gcompute.serve.stream import Completion, Finished, Tokens
@@ -54,6 +54,7 @@ def parse_chat(body: bytes, *, engine: Engine, model_name: str, template: ChatTe
     messages = read_messages(fields)
     if engine.tokenizer is None:
         raise RequestError("this engine has no tokenizer, and chat needs one.", param="messages")
+    check_can_fit("".join(message.content for message in messages), engine, param="messages")
     try:
         ids = template.encode(messages, engine.tokenizer)
     except ValueError as error:

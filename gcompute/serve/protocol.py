@@ -163,12 +163,27 @@ def _prompts(prompt: Any, engine: Engine) -> list[tuple[str | None, tuple[int, .
     read: list[tuple[str | None, tuple[int, ...]]] = []
     for item in prompt:
         if isinstance(item, str):
+            check_can_fit(item, engine, param="prompt")
             read.append((item, engine.encode(item)))
         elif isinstance(item, list) and all(map(_is_id, item)):
             read.append((None, tuple(item)))
         else:
             raise RequestError(f"prompt holds {short(item)}: neither a string nor token ids.", param="prompt")
     return read
+
+
+def check_can_fit(text: str, engine: Engine, *, param: str) -> None:
+    """Refuse a text that is too long whatever its tokens are, before it is tokenized: a body may hold megabytes.
+
+    Raises:
+      RequestError: it is.
+    """
+    least = 0 if engine.tokenizer is None else engine.tokenizer.least_tokens(text)
+    if least >= engine.max_context:
+        message = (
+            f"This model's maximum context length is {engine.max_context} tokens, and {param} has {least} at least."
+        )
+        raise RequestError(message, param=param, code="context_length_exceeded")
 
 
 def _is_id(value: Any) -> bool:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -257,3 +257,18 @@ def test_a_fork_after_a_batch_neither_warns_nor_hangs():
     command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+@given(st.text())
+@example("a" * 999)
+@example(END_OF_TEXT * 9)
+def test_no_text_has_fewer_tokens_than_the_bound(text: str):
+    for kind in (BYTE, BPE):
+        assert len(kind.encode(text)) >= kind.least_tokens(text)
+
+
+def test_the_bound_of_a_byte_tokenizer_and_where_there_is_none():
+    byte = Tokenizer.from_spec("byte", list)
+    longest = max(len(byte.spell(token_id)) for token_id in range(byte.vocab_size))
+    assert byte.least_tokens("é" * 500) == -(-1000 // longest)
+    assert Tokenizer.from_spec("char", lambda: ["ab"]).least_tokens("a" * 1000) == 0

@@ -1,5 +1,6 @@
 """What the API refuses, and how it says so."""
 
+import gzip
 import json
 
 import pytest
@@ -12,6 +13,8 @@ from gcompute.serve import api
 from gcompute.serve.errors import HttpError, http_error
 from gcompute.serve.protocol import KNOWN, NEUTRAL, Ask, parse_ask
 from gcompute.serve.request import RequestError
+
+LENGTH = "context_length_exceeded"
 
 
 @pytest.mark.parametrize(
@@ -176,3 +179,17 @@ def test_any_json_is_read_or_refused_with_a_status_below_500(engine, num_bodies)
             assert len(ask.requests) == len(ask.echoes) > 0
 
     read()
+
+
+def test_a_compressed_body_is_a_415(http):
+    packed = gzip.compress(b'{"prompt": "a"}')
+    for path in ("/v1/completions", "/tokenize"):
+        error_of(
+            http.post(path, content=packed, headers={"Content-Encoding": "gzip"}), 415, code="unsupported_encoding"
+        )
+
+
+def test_a_prompt_that_cannot_fit_is_not_tokenized(http, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "encode", lambda text: pytest.fail("tokenized"))
+    message = error_of(http.post("/v1/completions", json={"prompt": "x" * 1_000_000}), 400, param="prompt", code=LENGTH)
+    assert "at least" in message

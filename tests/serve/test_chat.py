@@ -114,6 +114,10 @@ def test_each_bad_chat_is_a_400_that_names_what(http, body, param):
 def test_a_chat_that_is_too_long_and_an_unknown_model(http):
     long = [{"role": "user", "content": "x" * 80}]
     error_of(http.post(PATH, json={"messages": long}), 400, param="messages", code="context_length_exceeded")
+    # So long that it is not even tokenized.
+    huge = [{"role": "user", "content": "x" * 500_000}]
+    found = error_of(http.post(PATH, json={"messages": huge}), 400, param="messages", code="context_length_exceeded")
+    assert "at least" in found
     response = http.post(PATH, json={"messages": HELLO, "model": "gpt-5"})
     error_of(response, 404, param="model", code="model_not_found")
 
