@@ -308,7 +308,7 @@ class Engine:
     def _admit(self, request_id: int, slot: int) -> None:
         """Tell the device what stands in a slot from now on."""
         output, seq = self._outputs[request_id], self._scheduler.running[request_id]
-        output.admit(time.perf_counter())
+        output.admit(time.perf_counter(), num_cached=seq.cached)
         sampling = output.stream.request.sampling
         assert sampling.seed is not None
         row = new_row(

@@ -231,11 +231,15 @@ class Answer:
             return {}
         return {"usage": None if usage is None else usage_json(usage)}
 
-    def usage(self, usages: list[Usage]) -> dict[str, int]:
+    def usage(self, usages: list[Usage]) -> dict[str, Any]:
         """The sum over requests, where a prompt that has several counts once."""
-        prompt_tokens = sum(usage.prompt_tokens for usage in usages[:: self._ask.num_per_prompt])
-        completion_tokens = sum(usage.completion_tokens for usage in usages)
-        return usage_json(Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens))
+        prompts = usages[:: self._ask.num_per_prompt]
+        whole = Usage(
+            prompt_tokens=sum(usage.prompt_tokens for usage in prompts),
+            completion_tokens=sum(usage.completion_tokens for usage in usages),
+            cached_tokens=sum(usage.cached_tokens or 0 for usage in prompts),
+        )
+        return usage_json(whole)
 
     def choice(self, index: int, done: Completion) -> dict[str, Any]:
         text = self._ask.echoes[index] + done.text
@@ -258,9 +262,12 @@ def _mean_logprob(done: Completion) -> float:
     return sum(one.logprob for one in done.logprobs) / max(1, len(done.logprobs))
 
 
-def usage_json(usage: Usage) -> dict[str, int]:
-    return {
+def usage_json(usage: Usage) -> dict[str, Any]:
+    counts = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
     }
+    if usage.cached_tokens is None:
+        return counts
+    return {**counts, "prompt_tokens_details": {"cached_tokens": usage.cached_tokens}}

@@ -29,10 +29,14 @@ SERVED = (Reason.STOP, Reason.LENGTH)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens read and tokens made; an end-of-text token that ended the output is counted, though not shown."""
+    """Tokens read and tokens made; an end-of-text token that ended the output is counted, though not shown.
+
+    cached_tokens: those of the prompt whose keys and values the prefix cache had; None while the request runs.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -245,12 +249,13 @@ class Output:
         self._finder = StopFinder(stream.request.sampling.stop)
         self._arrived_s = arrived_s
         self._admitted_s: float | None = None
+        self._num_cached = 0
         self._first_token_s: float | None = None
 
-    def admit(self, now_s: float) -> None:
-        """Note that the request has its slot, which counts the first time alone."""
+    def admit(self, now_s: float, *, num_cached: int) -> None:
+        """Note that the request has its slot, and how many of its tokens were cached; the first time alone counts."""
         if self._admitted_s is None:
-            self._admitted_s = now_s
+            self._admitted_s, self._num_cached = now_s, num_cached
 
     def push(self, tokens: Sequence[int], now_s: float, logprobs: Sequence[TokenLogprobs] = ()) -> Reason | None:
         """Put out `tokens` up to the one that ends the request; return why it ended, or None."""
@@ -295,7 +300,11 @@ class Output:
         event = Finished(
             reason=reason,
             text=tail,
-            usage=Usage(prompt_tokens=len(self.stream.request.prompt), completion_tokens=self.num_tokens),
+            usage=Usage(
+                prompt_tokens=len(self.stream.request.prompt),
+                completion_tokens=self.num_tokens,
+                cached_tokens=self._num_cached,
+            ),
             timing=Timing(
                 queued_s=self._since_arrival(self._admitted_s),
                 first_token_s=self._since_arrival(self._first_token_s),

@@ -28,6 +28,12 @@ def stream(http, **body):
     return chunks_of(response.text)
 
 
+def counts(usage: dict) -> dict:
+    """A usage without what the prefix cache had of it, which depends on the calls before."""
+    assert set(usage.pop("prompt_tokens_details")) == {"cached_tokens"}
+    return usage
+
+
 def error_of(response, status, *, param=None, code=None) -> str:
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from openai_calls import GREEDY, LOCAL, chunks_of, complete, error_of, metric, stream
+from openai_calls import GREEDY, LOCAL, chunks_of, complete, counts, error_of, metric, stream
 
 from gcompute.cli.signals import stop_signals
 from gcompute.config.serve import ServeConfig
@@ -26,7 +26,7 @@ def test_a_completion_is_the_engines_own_with_usage(http, engine):
     assert body["id"].startswith("cmpl-")
     assert body["model"] == "tiny"
     assert body["choices"] == [{"index": 0, "text": expected.text, "logprobs": None, "finish_reason": "length"}]
-    assert body["usage"] == {"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21}
+    assert counts(body["usage"]) == {"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21}
 
 
 @pytest.mark.oldest
@@ -34,7 +34,7 @@ def test_a_stream_gives_the_same_text_in_pieces_then_usage_and_done(http):
     whole = complete(http, prompt="once upon", **GREEDY)
     *chunks, usage, done = stream(http, prompt="once upon", stream_options={"include_usage": True}, **GREEDY)
     assert done == "[DONE]"
-    assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
+    assert (usage["choices"], counts(usage["usage"])) == ([], counts(whole["usage"]))
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["choices"][0]["text"]
     assert len(chunks) > 3
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
@@ -54,7 +54,7 @@ def test_every_form_of_prompt_and_n_and_echo(http, tokenizer):
     both = complete(http, prompt=["one", "two"], **GREEDY)
     assert [choice["text"] for choice in both["choices"]] == [one, two]
     assert [choice["index"] for choice in both["choices"]] == [0, 1]
-    assert both["usage"] == {"prompt_tokens": 6, "completion_tokens": 24, "total_tokens": 30}
+    assert counts(both["usage"]) == {"prompt_tokens": 6, "completion_tokens": 24, "total_tokens": 30}
     ids = [tokenizer.encode("one"), tokenizer.encode("two")]
     assert complete(http, prompt=ids[0], **GREEDY)["choices"][0]["text"] == one
     assert [c["text"] for c in complete(http, prompt=ids, echo=True, **GREEDY)["choices"]] == ["one" + one, "two" + two]
@@ -283,3 +283,14 @@ def test_streams_read_in_one_loop_are_interleaved(http, url):
     assert asyncio.run(both()) == [
         complete(http, prompt=t, **GREEDY)["choices"][0]["text"] for t in ("one", "two", "three")
     ]
+
+
+def test_usage_says_what_the_prefix_cache_had(http, engine):
+    body = {"prompt": "a prompt of more than one page, and then some", **GREEDY, "max_tokens": 2}
+    complete(http, **body)
+    again = complete(http, **body)["usage"]
+    cached = again["prompt_tokens_details"]["cached_tokens"]
+    page = engine._scheduler.limits.page
+    assert cached == (again["prompt_tokens"] - 1) // page * page > 0
+    *_, usage, _ = stream(http, **body, stream_options={"include_usage": True})
+    assert usage["usage"] == again

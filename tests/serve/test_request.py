@@ -152,7 +152,7 @@ class Letters:
 def test_an_output_ends_at_the_end_token_its_length_or_a_stop_string(tokens, reason, text, num_tokens):
     stream = EventStream(Request(prompt=(1,), sampling=Sampling(max_tokens=4, stop=("ef",))), 0)
     output = Output(stream, decoder=Letters(), ends={7}, arrived_s=1.0)
-    output.admit(2.0)
+    output.admit(2.0, num_cached=0)
     got = [output.push(tokens[:2], 3.0), output.push(tokens[2:], 4.0)]
     assert got == [None, reason]
     output.finish(reason, 5.0)
