@@ -1,12 +1,13 @@
 """Which slow tests a commit calls for, the nearest to its changes first, and for how long they may run.
 
-  pytest -m slow --changed-since REVISION --rotate COMMIT --minutes 15 -n 2 --dist loadfile --no-loadscope-reorder
+  pytest -m slow --changed-since=REVISION --rotate=COMMIT --minutes=15 -n 2 --dist loadfile --no-loadscope-reorder
 
-runs, by test file and in this order: those that changed or import what changed, and those of its packages; a fifth of
-all, another for each commit, so that within some commits each file has run; those that depend on a change over more
-steps; and those that only what all tests share (pyproject.toml, this module, the root conftest.py) concerns. When the
-minutes are used up no further test begins, and each that did not run is named. Where git cannot tell what changed, all
-files are chosen, that commit's fifth first. `python tests/selection.py REVISION COMMIT` prints the files alone.
+(with "=": until this module is loaded pytest takes what stands after a space for a path to tests) runs, by test file
+and in this order: those that changed or import what changed, and those of its packages; a fifth of all, another for
+each commit, so that within some commits each file has run; those that depend on a change over more steps; and those
+that only what all tests share (pyproject.toml, this module, the root conftest.py) concerns. When the minutes are used
+up no further test begins, and each that did not run is named. Where git cannot tell what changed, all files are chosen,
+that commit's fifth first. `python tests/selection.py REVISION COMMIT` prints the files alone.
 """
 
 import hashlib

@@ -178,12 +178,12 @@ selection.time = types.SimpleNamespace(time=lambda: 60 * next(minutes))
 THREE_TESTS = "import pytest\n\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n):\n    pass\n"
 
 
-def test_pytest_runs_the_chosen_in_order_and_names_what_its_minutes_did_not_reach(tmp_path: Path):
+def test_pytest_runs_the_chosen_in_order_and_names_what_its_minutes_did_not_reach(tmp_path: Path, tmp_path_factory):
     here = REPOSITORY / "tests"
     plant(
         tmp_path,
         {
-            "pyproject.toml": "[tool.pytest.ini_options]\npythonpath = ['tests', 'tests/b']\n",
+            "pyproject.toml": "[tool.pytest.ini_options]\npythonpath = ['tests', 'tests/b']\ntestpaths = ['tests']\n",
             "gcompute/a.py": "",
             "tests/conftest.py": CONFTEST,
             **{
@@ -202,7 +202,10 @@ def test_pytest_runs_the_chosen_in_order_and_names_what_its_minutes_did_not_reac
     git(tmp_path, "tag", "v1")
     plant(tmp_path, {"gcompute/a.py": "changed = True"})
     command = "-m pytest -v -p no:cacheprovider -n 1 --dist loadfile --no-loadscope-reorder --import-mode=importlib"
-    choice = "--changed-since v1 --minutes 2.5 --left-file left.txt tests"
+    # As CI gives them: the file is there, and elsewhere.
+    left = tmp_path_factory.mktemp("elsewhere") / "left.txt"
+    left.touch()
+    choice = f"--changed-since=v1 --minutes=2.5 --left-file={left}"
     done = subprocess.run(
         [sys.executable, *command.split(), *choice.split()], cwd=tmp_path, capture_output=True, text=True
     )
@@ -211,5 +214,12 @@ def test_pytest_runs_the_chosen_in_order_and_names_what_its_minutes_did_not_reac
     assert re.findall(r"PASSED (?:\[ *\d+%\] )?(tests/\S+?)::", done.stdout) == ["tests/a/test_near.py"] * 3
     assert re.findall(r"SKIPPED (?:\[ *\d+%\] )?(tests/\S+?)::", done.stdout) == ["tests/b/test_far.py"] * 3
     told = ["NOT RUN FOR TIME (2.5 min): 3 tests of 1 files", "   3 tests of tests/b/test_far.py"]
-    assert (tmp_path / "left.txt").read_text(encoding="utf-8").splitlines() == told
+    assert left.read_text(encoding="utf-8").splitlines() == told
     assert "\n".join(told) in done.stdout
+
+
+def test_ci_gives_the_choice_in_a_form_that_pytest_takes_before_it_knows_the_options():
+    """`--left-file PATH` would be a path to tests for it, whose folder it takes for the project."""
+    script = (Path(__file__).parents[1] / ".ci" / "run").read_text(encoding="utf-8")
+    (choice,) = re.findall(r'choice="(.*)"', script)
+    assert all(re.fullmatch(r"--[a-z-]+=\S+", word) for word in choice.split())
