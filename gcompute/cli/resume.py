@@ -89,7 +89,7 @@ def continued(asked: Asked, out: Path, resume: str) -> Continued | None:
         _check_described(asked, stored, out)
     notices = [notice] if notice else []
     if resume == "auto":
-        notices.append(f"{out} holds this run: it goes on from checkpoint {steps[-1]}.")
+        notices.append(f"{out} holds this run: it continues from checkpoint {steps[-1]}.")
     run = _given_anew(asked, stored)
     return Continued(run=run, notices=(*notices, *_of_schedule(stored, run)))
 
@@ -179,7 +179,7 @@ def _of_schedule(before: RunConfig, after: RunConfig) -> list[str]:
 
 
 def _found_from_anywhere(data: DataConfig) -> DataConfig:
-    """The text and a tokenizer's file by their whole paths, so that the run goes on from another folder too."""
+    """The text and a tokenizer's file by absolute paths, so that the run continues from any working directory."""
     text, tokenizer = Path(data.data), Path(data.tokenizer)
     if data.data != STDLIB and text.exists():
         data = replace(data, data=str(text.absolute()))

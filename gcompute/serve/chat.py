@@ -29,8 +29,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": (),
     "documents": (),
     "add_generation_prompt": (True,),
-    # The template writes them.
-    "add_special_tokens": (False,),
+    # The template writes them: true would ask for them twice.
+    "add_special_tokens": (),
     "continue_final_message": (),
     "echo": (),
 }
@@ -73,7 +73,7 @@ def parse_chat(body: bytes, *, engine: Engine, model_name: str, template: ChatTe
             more_end=engine.tokenizer.special_tokens.get(template.end or ""),
         )
     except RequestError as error:
-        # The caller hears of the fields that it sent.
+        # The error names a field of the request.
         sent = {"prompt": "messages"}
         if fields.get("max_completion_tokens") is not None:
             sent["max_tokens"] = "max_completion_tokens"

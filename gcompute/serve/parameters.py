@@ -48,7 +48,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 EMPTY = (False, 0, 0.0, "", [], {})
 # Where such a value asks for something.
-NEVER_EMPTY = ("add_generation_prompt", "add_special_tokens", "truncate_prompt_tokens")
+NEVER_EMPTY = ("add_generation_prompt", "truncate_prompt_tokens")
 
 
 def read_object(body: bytes, *, known: tuple[str, ...], neutral: Neutral) -> dict[str, Any]:

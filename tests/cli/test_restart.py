@@ -16,7 +16,7 @@ def test_the_same_command_goes_on_where_it_was(gcompute: Command, words: Path, r
     before = (run_copy / "run.json").read_bytes()
     again = gcompute(*TINY, "--data", words, "--out", run_copy)
     assert again.status == 0, again.err
-    assert f"notice: {run_copy} holds this run: it goes on from checkpoint 6" in again.err
+    assert f"notice: {run_copy} holds this run: it continues from checkpoint 6" in again.err
     assert (run_copy / "run.json").read_bytes() == before
     assert steps_of(run_copy) == list(range(1, 7))
     longer = gcompute(*TINY, "--data", words, "--out", run_copy, "--steps", "8")

@@ -82,7 +82,6 @@ LENGTH = "context_length_exceeded"
         ({"prompt": "a", "best_of": True}, "best_of"),
         ({"prompt": "a", "best_of": 2, "stream": True}, "stream"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
-        ({"prompt": "a", "add_special_tokens": False}, "add_special_tokens"),
         ({"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"prompt": "a", "length_penalty": 2.0}, "length_penalty"),
         ({"prompt": "a", "priority": True}, "priority"),
