@@ -245,8 +245,9 @@ def reference_training(
 
     AdamW: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, with t steps done
     p -= rate (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay p).
-    SGD: m = b1 m + g + decay p, p -= rate m. Biases and the scales of norms do not decay.
-    Source: Loshchilov and Hutter 2019, algorithm 2; Sutskever et al. 2013, section 2; Pascanu et al. 2013, algorithm 1.
+    SGD: m = b1 m + g, p -= rate (m + decay p). Biases and the scales of norms do not decay.
+    Source: Loshchilov and Hutter 2019, algorithms 1 and 2; Sutskever et al. 2013, section 2; Pascanu et al. 2013,
+    algorithm 1.
 
     Raises:
       ValueError: another optimizer.
@@ -271,8 +272,8 @@ def reference_training(
             name = path.rsplit("/", 1)[-1]
             decay = 0.0 if "bias" in name or name == "scale" else optimizer.weight_decay
             if optimizer.optimizer == "sgd":
-                m[path] = b1 * m[path] + g[path] + decay * leaf
-                p[path] = leaf - rate * m[path]
+                m[path] = b1 * m[path] + g[path]
+                p[path] = leaf - rate * (m[path] + decay * leaf)
             else:
                 m[path] = b1 * m[path] + (1 - b1) * g[path]
                 v[path] = b2 * v[path] + (1 - b2) * g[path] ** 2

@@ -84,8 +84,8 @@ def follow(
 ) -> Trajectory:
     """One step and then the rest of them by `compiled`, from `values`.
 
-    The gradient is read from the first moment, which after one step is (1 - b1) times the clipped gradient for AdamW;
-    for SGD it is that gradient plus the decay of the parameters.
+    The gradient is read from the first moment, which after one step is (1 - b1) times the clipped gradient for AdamW,
+    and that gradient for SGD.
     """
     with precision_of(precision):
         state = program.abstract_state
@@ -97,7 +97,7 @@ def follow(
         rows = (values.inputs_NBT, values.targets_NBT)
         state, first = compiled(started, *map(put, rows), count(np.int32(1)))
         norm, after_one = float(np.asarray(first.gradient_norm)[0]), flat(state.params)
-        gradients = _gradients(state.optimizer, values.params, optimizer, norm)
+        gradients = _gradients(state.optimizer, optimizer, norm)
         later = (np.roll(tokens, -1, axis=0) for tokens in rows)
         state, rest = compiled(state, *map(put, later), count(np.int32(STEPS - 1)))
 
@@ -125,19 +125,12 @@ def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)
 
 
-def _gradients(
-    state: Any, params: dict[str, np.ndarray], config: OptimizerConfig, norm: float
-) -> dict[str, np.ndarray]:
+def _gradients(state: Any, config: OptimizerConfig, norm: float) -> dict[str, np.ndarray]:
     """The gradient before clipping, from the optimizer's state after the first step."""
     name = "mu" if config.optimizer == "adamw" else "trace"
     nodes = jax.tree.leaves(state, is_leaf=lambda node: hasattr(node, name))
     moments = flat(next(getattr(node, name) for node in nodes if hasattr(node, name)))
-    clipped = min(1.0, config.clip / norm) if config.clip else 1.0
+    share = min(1.0, config.clip / norm) if config.clip else 1.0
     if config.optimizer == "adamw":
-        return {path: np.asarray(leaf, np.float64) / (1 - config.b1) / clipped for path, leaf in moments.items()}
-    decays = {path: "bias" not in path and not path.endswith("scale") for path in moments}
-    return {
-        path: (np.asarray(leaf, np.float64) - decays[path] * config.weight_decay * params[path].astype(np.float64))
-        / clipped
-        for path, leaf in moments.items()
-    }
+        share *= 1 - config.b1
+    return {path: np.asarray(leaf, np.float64) / share for path, leaf in moments.items()}

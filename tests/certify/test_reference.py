@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from float64 import float64
 
@@ -14,6 +15,7 @@ from gcompute.certify import reference
 from gcompute.certify.reference import experts, flat, learning_rate, nested, reference_training
 from gcompute.config.model import ModelConfig
 from gcompute.config.train import OptimizerConfig
+from gcompute.train.optimizer import make_optimizer
 
 TINY = ModelConfig(vocab=5, layers=1, dim=4, heads=1, ffn=4, context=4, activation="gelu", tied=False)
 
@@ -116,6 +118,25 @@ def test_schedules_begin_and_end_where_they_say():
         assert [learning_rate(config, step, 12) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
         assert math.isclose(learning_rate(config, 8, 12), last)
         assert math.isclose(learning_rate(config, 12, 12), 1.0 if schedule == "constant" else 0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_its_steps_are_those_that_training_takes(name):
+    """Two steps, for the first cannot tell decay that goes through the momentum from decay that does not."""
+    config = OptimizerConfig(
+        optimizer=name, learning_rate=0.25, warmup_steps=0, schedule="constant", clip=0.5, b1=0.5, b2=0.75
+    )
+    with float64(True):
+        params, inputs, targets = starting()
+        seen = reference_training(params, inputs, targets, TINY, config)
+        gradient = jax.jit(jax.grad(lambda *given: reference.reference_objective(*given, config=TINY)[0]))
+        optimizer = make_optimizer(config, 2)
+        state = optimizer.init(params)
+        for step in range(2):
+            updates, state = optimizer.update(gradient(params, inputs[step], targets[step]), state, params)
+            params = optax.apply_updates(params, updates)
+    for path, leaf in flat(params).items():
+        np.testing.assert_allclose(seen.last[path], leaf, rtol=1e-12, atol=1e-13)
 
 
 def test_only_two_optimizers_are_written_out():
