@@ -167,7 +167,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     _, deadline = _decided(item.config)
-    if deadline is not None and time.time() > deadline:
+    lasts = item.get_closest_marker("lasts")
+    end = time.time() + (60 * lasts.args[0] if lasts else 0)
+    if deadline is not None and end > deadline:
         pytest.skip(OUT_OF_TIME)
 
 

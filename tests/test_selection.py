@@ -175,6 +175,7 @@ from selection import *
 minutes = itertools.count()
 selection.time = types.SimpleNamespace(time=lambda: 60 * next(minutes))
 """
+LONG_TEST = "import pytest\n\n@pytest.mark.lasts(5)\ndef test_long():\n    pass\n\n"
 THREE_TESTS = "import pytest\n\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n):\n    pass\n"
 
 
@@ -190,7 +191,7 @@ def test_pytest_runs_the_chosen_in_order_and_names_what_its_minutes_did_not_reac
                 f"tests/{name}": (here / name).read_text(encoding="utf-8")
                 for name in ("selection.py", "import_graph.py")
             },
-            "tests/a/test_near.py": "NAME = 'gcompute.a'\n" + THREE_TESTS,
+            "tests/a/test_near.py": "NAME = 'gcompute.a'\n" + LONG_TEST + THREE_TESTS,
             "tests/b/near.py": "NAME = 'gcompute.a'\n",
             "tests/b/test_far.py": "import near\n" + THREE_TESTS,
             "tests/c/test_other.py": THREE_TESTS,
@@ -205,15 +206,22 @@ def test_pytest_runs_the_chosen_in_order_and_names_what_its_minutes_did_not_reac
     # As CI gives them: the file is there, and elsewhere.
     left = tmp_path_factory.mktemp("elsewhere") / "left.txt"
     left.touch()
-    choice = f"--changed-since=v1 --minutes=2.5 --left-file={left}"
+    choice = f"--changed-since=v1 --minutes=3.5 --left-file={left}"
     done = subprocess.run(
         [sys.executable, *command.split(), *choice.split()], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 concerned by a change; 1 at 2 imports from a change" in done.stdout
     assert re.findall(r"PASSED (?:\[ *\d+%\] )?(tests/\S+?)::", done.stdout) == ["tests/a/test_near.py"] * 3
-    assert re.findall(r"SKIPPED (?:\[ *\d+%\] )?(tests/\S+?)::", done.stdout) == ["tests/b/test_far.py"] * 3
-    told = ["NOT RUN FOR TIME (2.5 min): 3 tests of 1 files", "   3 tests of tests/b/test_far.py"]
+    assert re.findall(r"SKIPPED (?:\[ *\d+%\] )?(tests/\S+?)::", done.stdout) == [
+        "tests/a/test_near.py",
+        *["tests/b/test_far.py"] * 3,
+    ]
+    told = [
+        "NOT RUN FOR TIME (3.5 min): 4 tests of 2 files",
+        "   1 tests of tests/a/test_near.py",
+        "   3 tests of tests/b/test_far.py",
+    ]
     assert left.read_text(encoding="utf-8").splitlines() == told
     assert "\n".join(told) in done.stdout
 

@@ -21,6 +21,8 @@ POSITIVE = (
     "timeout_s",
     "max_body_bytes",
     "keep_alive_s",
+    "read_timeout_s",
+    "max_connections",
 )
 ORIGIN = re.compile(r"https?://[^/\s,]+")
 PREEMPTIONS = ("recompute", "swap")
@@ -59,6 +61,10 @@ class ServeConfig:
     timeout_s: float | None = option(None, "longest that a call may take, in seconds (default: no limit)")
     max_body_bytes: int = option(4 << 20, "largest request body; larger ones are answered 413")
     keep_alive_s: int = option(75, "seconds that an idle connection is kept, longer than clients' pools keep theirs")
+    read_timeout_s: float = option(60.0, "seconds in which a client sends its request whole, and takes what is ready")
+    max_connections: int | None = option(
+        None, "most open connections (default: 4,096, or what the limit on open files leaves)"
+    )
     allow_origin: str = option(
         "", "web origins whose pages may call this server, as in https://a.example,http://localhost:3000; * for all"
     )

@@ -11,11 +11,13 @@ Source: Keskar et al. 2019, CTRL, section 4.1 (repetition, in the form of transf
 negative logits); OpenAI API reference (frequency and presence). Read July 2025.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 NO_TOKEN = -1
@@ -61,6 +63,16 @@ def adjust(
         return jnp.where((biased_B | penalised_B | held_B)[:, None], x_BV, logits_BV)
 
     return jax.lax.cond(jnp.any(biased_B | penalised_B | held_B), change, lambda x: x, logits_BV)
+
+
+def hold_unused(logits_BTV: Float[Array, "*b v"], unused: Sequence[range]) -> Float[Array, "*b v"]:
+    """The logits with tokens that stand for nothing held down: rows of an embedding that was padded, for instance."""
+    if not unused:
+        return logits_BTV
+    held_V = np.zeros(logits_BTV.shape[-1], bool)
+    for ids in unused:
+        held_V[ids.start : ids.stop] = True
+    return jnp.where(held_V, HELD, logits_BTV)
 
 
 def asked(rows: AdjustmentRows, positions_B: Int[Array, "b"], live_B: Bool[Array, "b"]) -> Bool[Array, "b"]:

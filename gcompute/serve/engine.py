@@ -61,6 +61,8 @@ class Engine:
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab}: give the model's own."
             )
         shape = engine_shape(config, serve, draft[1] if draft else None)
+        if tokenizer is not None:
+            shape = replace(shape, unused=tokenizer.unused_ids(config.vocab))
         self.config = config
         self.tokenizer = tokenizer
         self.max_context = shape.limits.max_context

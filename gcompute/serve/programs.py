@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 
 from gcompute.config.model import ModelConfig
 from gcompute.model.transformer import Params
-from gcompute.serve.adjustments import NO_TOKEN, is_end
+from gcompute.serve.adjustments import NO_TOKEN, hold_unused, is_end
 from gcompute.serve.choices import Choices
 from gcompute.serve.decoder import forward
 from gcompute.serve.kv_pool import KVPool, RowCache
@@ -64,6 +64,7 @@ def prefill(
             logits_at_B=num_tokens[None] - 1,
             kept_B=num_tokens[None],
         )
+        logits_1V = hold_unused(logits_1V, shape.unused)
         return logits_1V, put_back(
             pool,
             cache,
@@ -135,6 +136,7 @@ def decode(
             ordered=shape.limits.deterministic,
             kept_B=active_B,
         )
+        logits_BV = hold_unused(logits_BV, shape.unused)
         position_B = rows.length + 1
         tokens_BS = rows.history[:, :bucket]
         token_B = choose(logits_BV, rows, tokens_BS, position_B, active_B, native=shape.layout.native)

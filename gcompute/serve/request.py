@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 16
-MAX_BIASES = 64
+MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 
 

@@ -13,6 +13,7 @@ import uvicorn
 
 from gcompute.config.serve import ServeConfig
 from gcompute.serve.api import create_app
+from gcompute.serve.connections import Bounds, most_connections
 from gcompute.serve.engine import Engine
 from gcompute.serve.front import guarded
 from gcompute.serve.position import DecodeRoofline
@@ -113,7 +114,7 @@ def _make_server(
     return _Server(
         uvicorn.Config(
             front,
-            http="h11",
+            http=Bounds(most_connections(config.max_connections), config.read_timeout_s).protocol(),
             ws="none",
             lifespan="off",
             log_config=None,

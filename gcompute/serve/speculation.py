@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from gcompute.serve.adjustments import NO_TOKEN, is_end
+from gcompute.serve.adjustments import NO_TOKEN, hold_unused, is_end
 from gcompute.serve.choices import Choices
 from gcompute.serve.decoder import forward
 from gcompute.serve.kv_pool import RowCache
@@ -114,6 +114,7 @@ def speculate(
             positions_BT=at_BT,
             cache=cache,
         )
+        logits_BTV = hold_unused(logits_BTV, shape.unused)
         rows = replace(rows, history=_with_drafts(rows, drafts_BK))
         # Each position is judged as a row of its own, in the light of the drafts before it.
         each = jax.tree.map(lambda leaf: jnp.repeat(leaf, t, axis=0), rows)
@@ -190,6 +191,7 @@ def _propose_by_model(
         if step == k:
             break
         position_B = rows.length + 1 + step
+        logits_BV = hold_unused(logits_BV, shape.unused)
         token_B = choose(logits_BV, rows, rows.history, position_B, awake_B, native=shape.layout.native)
         tokens.append(token_B)
         rows = replace(rows, history=with_tokens(rows.history, position_B[:, None], token_B[:, None]))

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,6 +18,9 @@ from gcompute.serve.stream import Completion, Event, EventStream, Finished, Reas
 
 # A client that was too slow for its answer is given so long to take the error.
 LAST_WORDS_S = 1.0
+# Proxies close streams that are silent for longer: a comment, which clients skip, says that this one is alive.
+SILENCE_S = 15.0
+COMMENT = b": waiting\n\n"
 
 
 class EventStreamResponse(Response):
@@ -38,16 +41,27 @@ class EventStreamResponse(Response):
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        spoken = asyncio.Event()
+
         async def put(data: bytes) -> None:
+            spoken.set()
             await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+
+        async def break_silence() -> None:
+            while True:
+                spoken.clear()
+                await asyncio.sleep(SILENCE_S)
+                if not spoken.is_set():
+                    await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
 
         async with cancelled_with_client(self._engine, self._streams, receive):
             end = {"type": "http.response.body", "body": b"", "more_body": False}
             try:
                 async with asyncio.timeout(self._timeout_s):
                     await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                    async for data in self._events():
-                        await put(data)
+                    async with _beside(break_silence()):
+                        async for data in self._events():
+                            await put(data)
                     await send(end)
             except TimeoutError as error:
                 for stream in self._streams:
@@ -105,6 +119,17 @@ async def cancelled_with_client(
         cancel()
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """`work` while the block runs."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def until_gone(receive: Receive) -> None:

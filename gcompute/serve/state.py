@@ -63,7 +63,8 @@ class Weights:
 class EngineShape:
     """What fixes the shapes of every program.
 
-    draft: the model that proposes tokens, if one does. kv: dtype of the pool. layout, int8: of weights.
+    draft: the model that proposes tokens, if one does. kv: dtype of the pool. layout, int8: of weights. unused: token
+    ids that the tokenizer does not have, which are never chosen.
     """
 
     model: ModelConfig
@@ -73,6 +74,7 @@ class EngineShape:
     kv: Any
     layout: Layout
     int8: bool = False
+    unused: tuple[range, ...] = ()
 
     @property
     def num_cells(self) -> int:

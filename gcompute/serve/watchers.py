@@ -33,6 +33,7 @@ class Watchers:
         self._next = asyncio.Event()
         self._newest: bytes | None = None
         self._closed = False
+        self._promised = 0
         self.num = 0
 
     def response(self) -> Response:
@@ -43,11 +44,17 @@ class Watchers:
         """
         if self._closed:
             raise NotReady("the server is closing.")
-        if self.num >= self._most:
-            message = f"{self.num} watch already, and at most {self._most} may. GET /engine gives one snapshot."
+        if self._promised >= self._most:
+            message = f"{self._promised} watch already, and at most {self._most} may. GET /engine gives one snapshot."
             kind, code = "rate_limit_error", "too_many_watchers"
             raise HttpError(status=429, message=message, kind=kind, code=code, retry_after_s=RETRY_AFTER_S)
+        # Counted before its stream begins, which is later: many that ask at once would all be let in.
+        self._promised += 1
         return _WatchResponse(self)
+
+    def left(self) -> None:
+        """A response has ended."""
+        self._promised -= 1
 
     def close(self) -> None:
         """End all streams: a server that waits for its connections to end would wait for these for ever."""
@@ -105,6 +112,7 @@ class _WatchResponse(Response):
             sending.cancel()
             leaving.cancel()
             await asyncio.gather(sending, leaving, return_exceptions=True)
+            self._watchers.left()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

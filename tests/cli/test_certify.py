@@ -120,6 +120,7 @@ def test_too_few_devices_in_this_process_is_one_line(gcompute: Command, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.lasts(13)
 def test_the_whole_certificate_is_green(tmp_path: Path):
     command = [sys.executable, "-m", "gcompute", "certify", "--json"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=3600)

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gcompute.config.serve import ServeConfig
+from gcompute.model.tokenizer import Tokenizer
 from gcompute.model.transformer import Execution, forward
 from gcompute.serve.adjustments import NO_TOKEN, AdjustmentRows, adjust
+from gcompute.serve.engine import Engine
 from gcompute.serve.request import Sampling
 from gcompute.serve.state import new_row
 from gcompute.serve.stream import Reason
@@ -137,6 +140,46 @@ def test_penalties_bias_and_held_ends_do_what_they_are_for(engine):
     held = engine.generate([prompt], dataclasses.replace(ends, min_tokens=10))[0]
     assert (len(held.ids), held.reason, held.usage.completion_tokens) == (10, Reason.STOP, 11)
     assert 42 not in held.ids
+
+
+def test_a_hundred_tokens_can_be_kept_out(engine):
+    greedy = Sampling(max_tokens=24, temperature=0.0, ignore_eos=True)
+    banned = tuple((token, -100.0) for token in range(256) if token % 5)
+    chosen = engine.generate([(65,)], dataclasses.replace(greedy, logit_bias=banned))[0].ids
+    assert len(banned) > 200
+    assert all(token % 5 == 0 for token in chosen)
+
+
+@pytest.fixture(scope="module")
+def padded(params, config):
+    """An engine of a model with 257 rows for 11 characters."""
+    tokenizer = Tokenizer.from_spec("char", lambda: ["hello, world"])
+    serve = ServeConfig(slots=2, max_context=16, decode_steps=2, precision="float32", speculate="ngram", draft_batch=1)
+    assert tokenizer.unused_ids(config.vocab) == (range(tokenizer.vocab_size, config.vocab),)
+    with Engine(params, config, tokenizer, serve) as engine:
+        yield engine
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_chosen(padded):
+    most = padded.tokenizer.vocab_size
+    unused = ((most, 100.0), (256, 100.0))
+    each = [
+        Sampling(max_tokens=8, temperature=0.0, logprobs=20),
+        Sampling(max_tokens=8, temperature=100.0, seed=1, repetition_penalty=0.01),
+        Sampling(max_tokens=8, temperature=0.0, logit_bias=unused, logprobs=1),
+        Sampling(max_tokens=8, temperature=1.0, logit_bias=unused, frequency_penalty=-2.0),
+    ]
+    # In one crowd, and one at a time, which speculates.
+    crowd = padded.generate(["hell"] * len(each), each)
+    alone = [padded.generate(["hell"], one)[0] for one in each]
+    for completion in (*crowd, *alone):
+        assert len(completion.ids) == len(completion.text) == 8
+        assert max(completion.ids) < most
+    assert [one.ids for one in (crowd[0], crowd[2])] == [one.ids for one in (alone[0], alone[2])]
+    # Nor do they take a share of what is reported.
+    for one in crowd[0].logprobs:
+        assert sum(np.exp(logprob) for _, logprob in one.top[:most]) == pytest.approx(1, abs=1e-5)
+        assert all(token < most for token, _ in one.top[:most])
 
 
 def test_min_tokens_also_puts_off_stop_strings(engine):

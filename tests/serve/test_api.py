@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -13,7 +14,7 @@ from openai_calls import GREEDY, LOCAL, chunks_of, complete, counts, error_of, m
 
 from gcompute.cli.signals import stop_signals
 from gcompute.config.serve import ServeConfig
-from gcompute.serve import client
+from gcompute.serve import client, sse
 from gcompute.serve.request import Sampling
 from gcompute.serve.server import background, bind, serve, url_of
 
@@ -294,3 +295,16 @@ def test_usage_says_what_the_prefix_cache_had(http, engine):
     assert cached == (again["prompt_tokens"] - 1) // page * page > 0
     *_, usage, _ = stream(http, **body, stream_options={"include_usage": True})
     assert usage["usage"] == again
+
+
+def test_a_stream_that_waits_says_that_it_is_alive(http, engine, before_each, monkeypatch):
+    monkeypatch.setattr(sse, "SILENCE_S", 0.02)
+    body = {"prompt": "a", "max_tokens": 5, "ignore_eos": True, "stream": True}
+    with (
+        before_each(engine, "decode", lambda: time.sleep(0.1)),
+        http.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        lines = list(answer.iter_lines())
+    assert ": waiting" in lines
+    assert lines[-2] == "data: [DONE]"
+    assert {line[:6] for line in lines} == {"", "data: ", ": wait"}

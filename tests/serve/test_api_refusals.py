@@ -73,7 +73,7 @@ LENGTH = "context_length_exceeded"
         ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias"),
         ({"prompt": "a", "logit_bias": {"5": "1"}}, "logit_bias"),
         ({"prompt": "a", "logit_bias": {"5": 1, "05": 1}}, "logit_bias"),
-        ({"prompt": "a", "logit_bias": {str(token): 1 for token in range(65)}}, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
         ({"prompt": "a", "stop_token_ids": [257]}, "stop_token_ids"),
         ({"prompt": "a", "stop_token_ids": ["a"]}, "stop_token_ids"),
         ({"prompt": "a", "stop_token_ids": list(range(17))}, "stop_token_ids"),
