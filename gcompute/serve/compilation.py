@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gcompute.parallel.mesh import use_mesh
 from gcompute.serve import few_rows, programs, speculation
 from gcompute.serve.adjustments import NO_TOKEN
+from gcompute.serve.buckets import bucket_of
 from gcompute.serve.limits import Limits
 from gcompute.serve.placement import abstract_state
 from gcompute.serve.request import Sampling
@@ -32,7 +33,7 @@ class Program:
 
 
 def list_programs(limits: Limits) -> tuple[Program, ...]:
-    """Every program that an engine can run."""
+    """Every program that an engine runs for requests that ask for no log-probabilities of their prompt."""
     chunks = {
         (chunk, limits.prefill_bucket(start, chunk))
         for chunk in limits.chunks
@@ -50,6 +51,15 @@ def list_programs(limits: Limits) -> tuple[Program, ...]:
         ),
         *(Program(kind, (bucket,)) for bucket in swaps for kind in ("swap_out", "swap_in")),
     )
+
+
+def scoring_programs(limits: Limits, num_prompt: int) -> list[Program]:
+    """Those that read a prompt of so many tokens, none of which is cached, and report how likely they were."""
+    found = []
+    for start in range(0, num_prompt, limits.chunk):
+        chunk = bucket_of(min(num_prompt - start, limits.chunk), limits.chunks)
+        found.append(Program("score", (chunk, limits.prefill_bucket(start, chunk))))
+    return found
 
 
 def compile_program(program: Program, weights: Weights, shape: EngineShape) -> Callable[..., Any]:
@@ -81,8 +91,9 @@ def lower_program(program: Program, weights: Weights, shape: EngineShape) -> jax
             case "admit", ():
                 admit = jax.jit(programs.admit, donate_argnums=0, out_shardings=laid)
                 return admit.lower(state, number, like(_row(shape)))
-            case "prefill", (chunk, bucket):
-                run = partial(programs.prefill, shape=shape, chunk=chunk)
+            case ("prefill" | "score") as kind, (chunk, bucket):
+                reads = programs.score if kind == "score" else programs.prefill
+                run = partial(reads, shape=shape, chunk=chunk)
                 prefill = jax.jit(run, donate_argnums=1, out_shardings=laid and (laid, whole))
                 return prefill.lower(weights, state, number, table(bucket), number, number, flag)
             case ("decode" | "speculate") as kind, (batch, bucket):
@@ -107,7 +118,7 @@ def _row(shape: EngineShape) -> Rows:
 def _num_rows(program: Program, shape: EngineShape) -> int:
     """Rows of a program's products."""
     match program.kind, program.sizes:
-        case "prefill", (chunk, _):
+        case (("prefill" | "score"), (chunk, _)):
             return chunk
         case "decode", (batch, _):
             return batch

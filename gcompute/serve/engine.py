@@ -23,7 +23,7 @@ from gcompute.model.transformer import Params
 from gcompute.serve.adjustments import NO_TOKEN
 from gcompute.serve.assembly import engine_shape
 from gcompute.serve.choices import read_row
-from gcompute.serve.compilation import Program, list_programs
+from gcompute.serve.compilation import Program, list_programs, scoring_programs
 from gcompute.serve.observation import observe
 from gcompute.serve.offline import complete_all, make_requests, progress_bar
 from gcompute.serve.request import NotReady, Request, RequestError, Sampling, check_fits
@@ -84,7 +84,7 @@ class Engine:
     # Life ------------------------------------------------------------------------------------------------------------
 
     def programs(self) -> tuple[Program, ...]:
-        """Every program that the engine runs; `warmup` compiles them, and nothing compiles after it."""
+        """Every program that `warmup` compiles. Only prompts to be scored need more, which `prepare` compiles."""
         return list_programs(self._runner.shape.limits)
 
     def warmup(self, progress: Callable[[int, int, str], None] | None = None) -> None:
@@ -158,6 +158,7 @@ class Engine:
         """Queue all of them or none. Raises as `submit` does."""
         for request in requests:
             self._check(request)
+        self.prepare(requests)
         with self._wake:
             if self._status is not Status.READY:
                 raise NotReady(f"the engine is {self._status}.")
@@ -165,6 +166,13 @@ class Engine:
             streams = [self._enter(request) for request in requests]
             self._wake.notify_all()
         return streams
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Compile what the first requests for log-probabilities of their prompt need, on the caller's thread."""
+        for request in requests:
+            if request.sampling.prompt_logprobs is not None:
+                for program in scoring_programs(self._runner.shape.limits, len(request.prompt)):
+                    self._runner.compile(program)
 
     def cancel(self, stream: EventStream) -> None:
         """End a request, waiting or running; one that has ended is left alone. Its slot is free after this dispatch."""
@@ -241,7 +249,8 @@ class Engine:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(64)))
         stream = EventStream(request, request_id)
         sampling = request.sampling
-        self._scheduler.add(request_id, prompt=request.prompt, max_tokens=sampling.max_tokens)
+        reuse = sampling.prompt_logprobs is None
+        self._scheduler.add(request_id, prompt=request.prompt, max_tokens=sampling.max_tokens, reuse=reuse)
         decoder = StreamDecoder(self.tokenizer) if self.tokenizer is not None else None
         self._outputs[request_id] = Output(
             stream,
@@ -327,11 +336,16 @@ class Engine:
     def _prefill(self, work: Prefill) -> None:
         if work.first:
             self._admit(work.request_id, work.slot)
-        choices = self._runner.prefill(work)
-        sampling = self._outputs[work.request_id].stream.request.sampling
+        output = self._outputs[work.request_id]
+        sampling = output.stream.request.sampling
+        if sampling.prompt_logprobs is None or output.num_tokens:
+            choices = self._runner.prefill(work)
+        else:
+            choices, scored = self._runner.score(work)
+            output.read(read_row(scored, 0, sampling.prompt_logprobs)[1], first=work.first, last=work.last)
         tokens, logprobs = read_row(choices, 0, sampling.logprobs) if work.last else ((), ())
         with self._wake:
-            if work.last and not self._outputs[work.request_id].num_tokens:
+            if work.last and not output.num_tokens:
                 self._counts["prompt_tokens"] += work.start + work.num_tokens
             self._scheduler.record_prefill(work, tokens[0] if tokens else None)
         if tokens:

@@ -125,8 +125,10 @@ def read_stream_options(fields: dict[str, Any], stream: bool) -> dict[str, bool]
     return {name: read_field(options, name, bool, False) for name in options}
 
 
-def read_sampling(fields: dict[str, Any], *, max_tokens: int, logprobs: int | None) -> Sampling:
-    """How to sample; `max_tokens` where the call names none, and `logprobs` as the caller has read it.
+def read_sampling(
+    fields: dict[str, Any], *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+) -> Sampling:
+    """How to sample; `max_tokens` where the call names none, and the log-probabilities as the caller has read them.
 
     Raises:
       RequestError: a value is wrong; `param` names it.
@@ -139,7 +141,14 @@ def read_sampling(fields: dict[str, Any], *, max_tokens: int, logprobs: int | No
     stop = fields.get("stop")
     stop = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else stop
     stop_token_ids = tuple(read_field(fields, "stop_token_ids", list, []))
-    return Sampling(**given, stop=stop, stop_token_ids=stop_token_ids, logit_bias=_read_bias(fields), logprobs=logprobs)
+    return Sampling(
+        **given,
+        stop=stop,
+        stop_token_ids=stop_token_ids,
+        logit_bias=_read_bias(fields),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
 
 
 def _read_bias(fields: dict[str, Any]) -> tuple[tuple[int, Any], ...]:

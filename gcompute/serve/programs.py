@@ -1,7 +1,8 @@
 """The programs of the engine, each compiled once for each of its few sizes.
 
-admit tells a slot of its request. prefill[chunk, bucket] reads a chunk of one prompt. decode[rows, bucket] takes up to
-`num_steps` steps for some rows, attending to `bucket` cells of each; speculate[rows, bucket] does so with drafts (see
+admit tells a slot of its request. prefill[chunk, bucket] reads a chunk of one prompt; score[chunk, bucket] also tells
+how likely each of its tokens was. decode[rows, bucket] takes up to `num_steps` steps for some rows, attending to
+`bucket` cells of each; speculate[rows, bucket] does so with drafts (see
 `speculation`). swap_out[bucket] and swap_in[bucket] take pages to the host and back. Whatever belongs to a request is
 data, so these and `init` are all the programs.
 """
@@ -48,24 +49,71 @@ def prefill(
 
     The chunk is padded with what lies behind it; the padding's keys and values are not put back.
     """
+    end_1 = num_tokens[None] - 1
+    logits_1V, state = _read(weights, state, slot, table_N, start, num_tokens, end_1, shape=shape, chunk=chunk)
+    return _choose_next(state, slot, start + num_tokens, last, logits_1V, shape=shape)
+
+
+def score(
+    weights: Weights,
+    state: EngineState,
+    slot: Int[Array, ""],
+    table_N: Int[Array, "n"],
+    start: Int[Array, ""],
+    num_tokens: Int[Array, ""],
+    last: Bool[Array, ""],
+    *,
+    shape: EngineShape,
+    chunk: int,
+) -> tuple[EngineState, tuple[Choices, Choices]]:
+    """`prefill`, and in a row of `chunk` places how likely the model held each token of the prompt that comes next."""
+    logits_1TV, state = _read(weights, state, slot, table_N, start, num_tokens, None, shape=shape, chunk=chunk)
+    row, at_T = take_rows(state.rows, slot[None]), jnp.arange(chunk, dtype=jnp.int32)
+    next_T = start + at_T + 1
+    known_T = (at_T < num_tokens) & (next_T < row.adjustments.num_prompt)
+    scored = Choices.empty(1, chunk, shape.model.vocab).put(
+        jnp.zeros_like(at_T),
+        at_T,
+        jnp.where(known_T, row.history.at[0, next_T].get(mode="fill", fill_value=0), NO_TOKEN),
+        logits_1TV[0],
+        known_T,
+    )
+    logits_1V = jnp.take_along_axis(logits_1TV, num_tokens[None, None, None] - 1, axis=1)[:, 0]
+    state, choices = _choose_next(state, slot, start + num_tokens, last, logits_1V, shape=shape)
+    return state, (choices, scored)
+
+
+def _read(
+    weights: Weights,
+    state: EngineState,
+    slot: Array,
+    table_N: Array,
+    start: Array,
+    num_tokens: Array,
+    logits_at_1: Array | None,
+    *,
+    shape: EngineShape,
+    chunk: int,
+) -> tuple[Array, EngineState]:
+    """The logits of one place of a chunk, or of all, and the state with the chunk's keys and values."""
     slot_1, table_1N, execution = slot[None], table_N[None], one_row(shape.execution)
     row = take_rows(state.rows, slot_1)
     positions_1T = (start + jnp.arange(chunk, dtype=jnp.int32))[None]
     tokens_1T = row.history.at[0, positions_1T].get(mode="fill", fill_value=0)
 
-    def read(params: Params, config: ModelConfig, pool: KVPool) -> tuple[Array, KVPool]:
-        logits_1V, cache = forward(
+    def read(params: Params, config: ModelConfig, pool: KVPool, at_1: Array | None) -> tuple[Array, KVPool]:
+        logits, cache = forward(
             params,
             tokens_1T,
             config=config,
             execution=execution,
             positions_BT=positions_1T,
             cache=gather(pool, table_1N, chunk, execution=execution, layout=shape.layout, shares=1),
-            logits_at_B=num_tokens[None] - 1,
+            logits_at_B=at_1,
             kept_B=num_tokens[None],
         )
-        logits_1V = hold_unused(logits_1V, shape.unused)
-        return logits_1V, put_back(
+        logits = hold_unused(logits, shape.unused)
+        return logits, put_back(
             pool,
             cache,
             tables_BN=table_1N,
@@ -73,17 +121,24 @@ def prefill(
             count_B=num_tokens[None],
             num_cells=chunk,
             shares=1,
-            after=jnp.argmax(logits_1V, axis=-1),
+            after=jnp.argmax(logits, axis=-1),
         )
 
-    logits_1V, pool = read(weights.model, shape.model, state.pool)
+    logits, pool = read(weights.model, shape.model, state.pool, logits_at_1)
     draft_pool = state.draft_pool
     if shape.draft is not None:
         assert weights.draft is not None
         assert draft_pool is not None
-        _, draft_pool = read(weights.draft, shape.draft, draft_pool)
-    length_1 = (start + num_tokens)[None]
-    last_1 = last[None]
+        _, draft_pool = read(weights.draft, shape.draft, draft_pool, num_tokens[None] - 1)
+    return logits, replace(state, pool=pool, draft_pool=draft_pool)
+
+
+def _choose_next(
+    state: EngineState, slot: Array, length: Array, last: Array, logits_1V: Array, *, shape: EngineShape
+) -> tuple[EngineState, Choices]:
+    """The token after what was read of a row, if that was the last of it; NO_TOKEN if not."""
+    slot_1, length_1, last_1 = slot[None], length[None], last[None]
+    row = take_rows(state.rows, slot_1)
     token_1 = choose(logits_1V, row, row.history, length_1, last_1, native=shape.layout.native)
     zero_1 = jnp.zeros(1, jnp.int32)
     choices = Choices.empty(1, 1, shape.model.vocab).put(
@@ -91,7 +146,7 @@ def prefill(
     )
     # One cell less than what was read, as if the token were chosen by a step: `advance` counts it.
     row = advance(replace(row, length=length_1 - last_1, active=last_1), token_1[:, None], last_1.astype(jnp.int32))
-    return EngineState(pool=pool, draft_pool=draft_pool, rows=put_rows(state.rows, slot_1, row)), choices
+    return replace(state, rows=put_rows(state.rows, slot_1, row)), choices
 
 
 def decode(

@@ -20,7 +20,7 @@ from gcompute.serve.parameters import (
 )
 from gcompute.serve.reports import TextOffsets, completions_logprobs
 from gcompute.serve.request import MAX_STOP_TOKENS, Request, RequestError, Sampling, check_fits
-from gcompute.serve.stream import Completion, Finished, Tokens, Usage
+from gcompute.serve.stream import SERVED, Completion, Finished, Reason, TokenLogprobs, Tokens, Usage
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -33,7 +33,8 @@ class Ask:
     """One call: its requests, and how to answer.
 
     echoes: prompt text before each request's output. num_shown: choices shown for a prompt, the best of its requests.
-    logprobs: whether choices report them.
+    logprobs: whether choices report them, and with an echo those of the prompt too. silent: max_tokens is 0, to score
+    the echoed prompt: the one token that the engine makes all the same is not shown.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Ask:
     include_usage: bool
     continuous_usage: bool
     logprobs: bool
+    silent: bool = False
 
     @property
     def num_per_prompt(self) -> int:
@@ -64,23 +66,23 @@ def parse_ask(body: bytes, *, engine: Engine, model_name: str) -> Ask:
     prompts = _prompts(fields.get("prompt"), engine)
     logprobs = read_field(fields, "logprobs", int, None)
     echo = read_field(fields, "echo", bool, False)
-    if echo and logprobs is not None:
-        raise RequestError("logprobs of an echoed prompt are not reported: leave out echo or logprobs.", param="echo")
+    silent = echo and fields.get("max_tokens") == 0 and fields["max_tokens"] is not False
     ask = make_ask(
-        fields,
+        {**fields, "max_tokens": 1} if silent else fields,
         engine=engine,
         model_name=model_name,
         prompts=[ids for _, ids in prompts],
         each=best_of,
         shown=n,
         logprobs=logprobs,
+        prompt_logprobs=logprobs if echo else None,
         default_max_tokens=DEFAULT_MAX_TOKENS,
     )
     if not echo:
         return ask
     # The ids are known to be the model's by now.
     texts = [text if text is not None else engine.decode(ids) for text, ids in prompts]
-    return replace(ask, echoes=tuple(text for text in texts for _ in range(best_of)))
+    return replace(ask, echoes=tuple(text for text in texts for _ in range(best_of)), silent=silent)
 
 
 def make_ask(
@@ -93,6 +95,7 @@ def make_ask(
     shown: int,
     logprobs: int | None,
     default_max_tokens: int,
+    prompt_logprobs: int | None = None,
     more_stop: str | None = None,
     more_end: int | None = None,
 ) -> Ask:
@@ -118,7 +121,7 @@ def make_ask(
         room = max(1, min(default_max_tokens, engine.max_context - len(ids)))
         # Choosing the best needs the log-probabilities too.
         reported = 0 if logprobs is None and each > shown else logprobs
-        sampling = read_sampling(fields, max_tokens=room, logprobs=reported)
+        sampling = read_sampling(fields, max_tokens=room, logprobs=reported, prompt_logprobs=prompt_logprobs)
         if more_stop is not None and not sampling.stop:
             sampling = replace(sampling, stop=(more_stop,))
         if more_end is not None and not sampling.ignore_eos and more_end not in sampling.stop_token_ids:
@@ -199,7 +202,8 @@ class Answer:
         self._ask = ask
         self._engine = engine
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": ask.model}
-        self._offsets = [TextOffsets(len(echo)) for echo in ask.echoes]
+        # The tokens of an echoed prompt are reported like those after it, where any are.
+        self._offsets = [TextOffsets(0 if ask.logprobs else len(echo)) for echo in ask.echoes]
 
     def whole(self, done: Sequence[Completion]) -> dict[str, Any]:
         """The answer that the completions of all requests make."""
@@ -220,7 +224,7 @@ class Answer:
     def chunk(self, index: int, event: Tokens | Finished, usage: Usage, echo: str) -> dict[str, Any]:
         """One event of a request as a chunk, with the prompt's text before it where that is still to come."""
         body = {**self._head, "object": self.chunk_kind, "choices": [self.delta(index, event, echo)]}
-        return {**body, **self.usage_field(usage if self._ask.continuous_usage else None)}
+        return {**body, **self.usage_field(self._shown(usage) if self._ask.continuous_usage else None)}
 
     def last_chunk(self, usages: list[Usage]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_kind, "choices": [], "usage": self.usage(usages)}
@@ -236,26 +240,40 @@ class Answer:
         prompts = usages[:: self._ask.num_per_prompt]
         whole = Usage(
             prompt_tokens=sum(usage.prompt_tokens for usage in prompts),
-            completion_tokens=sum(usage.completion_tokens for usage in usages),
+            completion_tokens=sum(self._shown(usage).completion_tokens for usage in usages),
             cached_tokens=sum(usage.cached_tokens or 0 for usage in prompts),
         )
         return usage_json(whole)
 
     def choice(self, index: int, done: Completion) -> dict[str, Any]:
-        text = self._ask.echoes[index] + done.text
-        logprobs = self._logprobs(index, done.logprobs)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": done.reason}
+        text = self._ask.echoes[index] + ("" if self._ask.silent else done.text)
+        logprobs = self._logprobs(index, done.logprobs, done.prompt_logprobs, first=True)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self._reason(done)}
 
     def delta(self, index: int, event: Tokens | Finished, echo: str) -> dict[str, Any]:
-        ended = isinstance(event, Finished)
-        logprobs = None if ended else self._logprobs(index, event.logprobs)
-        reason = event.reason if ended else None
-        return {"index": index, "text": echo + event.text, "logprobs": logprobs, "finish_reason": reason}
+        text = echo + ("" if self._ask.silent else event.text)
+        if isinstance(event, Finished):
+            return {"index": index, "text": text, "logprobs": None, "finish_reason": self._reason(event)}
+        logprobs = self._logprobs(index, event.logprobs, event.prompt_logprobs, first=not event.ids)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
 
-    def _logprobs(self, index: int, reports: Sequence[Any]) -> dict[str, Any] | None:
+    def _logprobs(
+        self, index: int, made: Sequence[TokenLogprobs], read: Sequence[TokenLogprobs], *, first: bool
+    ) -> dict[str, Any] | None:
+        """Of tokens `read` of an echoed prompt, its `first` before them, and `made` after it."""
         if not self._ask.logprobs:
             return None
+        # Nothing comes before a prompt's first token that it could be likely after.
+        request = self._ask.requests[index]
+        begins = request.prompt[:1] if first and request.sampling.prompt_logprobs is not None else ()
+        reports = (*begins, *read, *(() if self._ask.silent else made))
         return completions_logprobs(reports, self._engine.spell, self._offsets[index])
+
+    def _reason(self, ended: Finished | Completion) -> Reason:
+        return Reason.LENGTH if self._ask.silent and ended.reason in SERVED else ended.reason
+
+    def _shown(self, usage: Usage) -> Usage:
+        return replace(usage, completion_tokens=0) if self._ask.silent else usage
 
 
 def _mean_logprob(done: Completion) -> float:

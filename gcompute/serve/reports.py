@@ -31,19 +31,25 @@ class TextOffsets:
         return at
 
 
-def completions_logprobs(reports: Sequence[TokenLogprobs], spell: Spell, offsets: TextOffsets) -> dict[str, Any]:
-    """Four parallel lists; the chosen token is among the likeliest, as one more if it is not one of them."""
+def completions_logprobs(reports: Sequence[TokenLogprobs | int], spell: Spell, offsets: TextOffsets) -> dict[str, Any]:
+    """Four parallel lists; the chosen token is among the likeliest, as one more if it is not one of them.
 
-    def likeliest(one: TokenLogprobs) -> dict[str, float]:
+    An id instead of a report is the first token of a prompt, which has nothing before it: its values are null.
+    """
+
+    def likeliest(one: TokenLogprobs | int) -> dict[str, float] | None:
+        if isinstance(one, int):
+            return None
         return {
             token_text(spell(token)): max(logprob, LEAST) for token, logprob in (*one.top, (one.token, one.logprob))
         }
 
+    spelled = [spell(one if isinstance(one, int) else one.token) for one in reports]
     return {
-        "tokens": [token_text(spell(one.token)) for one in reports],
-        "token_logprobs": [max(one.logprob, LEAST) for one in reports],
+        "tokens": [token_text(token) for token in spelled],
+        "token_logprobs": [None if isinstance(one, int) else max(one.logprob, LEAST) for one in reports],
         "top_logprobs": [likeliest(one) for one in reports],
-        "text_offset": [offsets.next(spell(one.token)) for one in reports],
+        "text_offset": [offsets.next(token) for token in spelled],
     }
 
 

@@ -45,7 +45,8 @@ class Sampling:
     presence_penalty, frequency_penalty: subtracted from the logit of a token once, and each time, that the output has
     it. repetition_penalty: divides a positive logit and multiplies a negative one where prompt or output has the token.
     logit_bias: (token id, added to its logit) pairs. logprobs: how many of the most likely tokens to report beside each
-    chosen one, by the model's own probabilities, before any setting acts; None reports nothing.
+    chosen one, by the model's own probabilities, before any setting acts; None reports nothing. prompt_logprobs: the
+    same of the prompt's tokens but the first; such a prompt is read whole, whatever the prefix cache has.
 
     Raises:
       RequestError: a value has the wrong type or is out of range.
@@ -66,6 +67,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         int32 = 2**31 - 1
@@ -82,9 +84,10 @@ class Sampling:
         _check(self.min_tokens, "min_tokens", whole=True, low=0, high=self.max_tokens, legal=legal)
         if self.seed is not None:
             _check(self.seed, "seed", whole=True, low=-(2**63), high=2**64 - 1, legal="a 64-bit whole number")
-        if self.logprobs is not None:
-            legal = f"a whole number from 0 to {MAX_TOP_LOGPROBS}"
-            _check(self.logprobs, "logprobs", whole=True, low=0, high=MAX_TOP_LOGPROBS, legal=legal)
+        legal = f"a whole number from 0 to {MAX_TOP_LOGPROBS}"
+        for name in ("logprobs", "prompt_logprobs"):
+            if (number := getattr(self, name)) is not None:
+                _check(number, name, whole=True, low=0, high=MAX_TOP_LOGPROBS, legal=legal)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(
                 f"ignore_eos must be true or false, got {str(self.ignore_eos)[:40]}.", param="ignore_eos"

@@ -54,6 +54,7 @@ class Runner:
     def __init__(self, params: Params, shape: EngineShape, draft: Params | None = None):
         self.shape = shape
         self.compiled: dict[Program, Callable[..., Any]] = {}
+        self._compiling = threading.Lock()
         self.state: EngineState | None = None
         self.num_dispatches = 0
         self.compilations = CompilationCount()
@@ -82,8 +83,10 @@ class Runner:
         self._saved: dict[int, Saved] = {}
 
     def compile(self, program: Program) -> None:
-        """Compile a program that is not compiled yet."""
-        if program not in self.compiled:
+        """Compile a program that is not compiled yet, on any thread."""
+        with self._compiling:
+            if program in self.compiled:
+                return
             self.compiled[program] = compile_program(program, self._weights, self.shape)
 
     def reset(self) -> None:
@@ -101,10 +104,16 @@ class Runner:
 
     def prefill(self, work: Prefill) -> Choices:
         """Read a chunk; one row of one token, which is NO_TOKEN unless the chunk is the last."""
+        return self._read("prefill", work)
+
+    def score(self, work: Prefill) -> tuple[Choices, Choices]:
+        """As `prefill`, with a row of `chunk` choices that are the prompt's own tokens."""
+        return self._read("score", work)
+
+    def _read(self, kind: str, work: Prefill) -> Any:
         table = self._table(work.pages, work.bucket)
         numbers = (np.int32(work.start), np.int32(work.num_tokens), np.bool_(work.last))
-        program = Program("prefill", (work.chunk, work.bucket))
-        return self._dispatch(program, np.int32(work.slot), table, *numbers)
+        return self._dispatch(Program(kind, (work.chunk, work.bucket)), np.int32(work.slot), table, *numbers)
 
     def decode(self, work: Decode) -> Choices:
         """Take up to `num_steps` steps; a row for each of the work's."""
@@ -142,7 +151,7 @@ class Runner:
         table[: len(held)] = held
         return table
 
-    def _dispatch(self, program: Program, *arguments: Any) -> Choices:
+    def _dispatch(self, program: Program, *arguments: Any) -> Any:
         """Run one program on the state and wait for what it chose."""
         state, choices = self.compiled[program](self._weights, self.state, *arguments)
         jax.block_until_ready(choices)

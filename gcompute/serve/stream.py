@@ -60,7 +60,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """A chosen token, its log-probability, and the likeliest (token id, log-probability) pairs, likeliest first."""
+    """A token, its log-probability, and the likeliest (token id, log-probability) pairs, likeliest first."""
 
     token: int
     logprob: float
@@ -71,12 +71,14 @@ class TokenLogprobs:
 class Tokens:
     """New token ids, and the text that is certain with them: a character or a stop string may still go on.
 
-    logprobs: one for each id where the request asks for them, and none otherwise.
+    logprobs: one for each id where the request asks for them, and none otherwise. prompt_logprobs: likewise, of all
+    tokens of the prompt but the first, in an event that comes before any id.
     """
 
     ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,7 @@ class Completion:
     timing: Timing
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class EventStream:
@@ -181,6 +184,7 @@ def completion(events: list[Event]) -> Completion:
         timing=last.timing,
         error=last.error,
         logprobs=tuple(one for event in tokens if isinstance(event, Tokens) for one in event.logprobs),
+        prompt_logprobs=tuple(one for event in tokens if isinstance(event, Tokens) for one in event.prompt_logprobs),
     )
 
 
@@ -251,11 +255,21 @@ class Output:
         self._admitted_s: float | None = None
         self._num_cached = 0
         self._first_token_s: float | None = None
+        self._of_prompt: list[TokenLogprobs] = []
 
     def admit(self, now_s: float, *, num_cached: int) -> None:
         """Note that the request has its slot, and how many of its tokens were cached; the first time alone counts."""
         if self._admitted_s is None:
             self._admitted_s, self._num_cached = now_s, num_cached
+
+    def read(self, logprobs: Sequence[TokenLogprobs], *, first: bool, last: bool) -> None:
+        """Take what the model held of a chunk of the prompt; put it out with the last."""
+        if first:
+            # It may have given way while it was read, and begins anew.
+            self._of_prompt.clear()
+        self._of_prompt += logprobs
+        if last:
+            self.stream.put(Tokens(ids=(), text="", prompt_logprobs=tuple(self._of_prompt)))
 
     def push(self, tokens: Sequence[int], now_s: float, logprobs: Sequence[TokenLogprobs] = ()) -> Reason | None:
         """Put out `tokens` up to the one that ends the request; return why it ended, or None."""

@@ -27,3 +27,16 @@ def solo_greedy(params, config, prompt, num_tokens):
 def random_prompts(num, *, longest, vocab=256, seed=0):
     rng = np.random.default_rng(seed)
     return [tuple(rng.integers(0, vocab, rng.integers(1, longest + 1)).tolist()) for _ in range(num)]
+
+
+def assert_holds(params, config, prompt, reports, num_top):
+    """Reports of a prompt's tokens but the first are log_softmax of the logits without a cache."""
+    assert [one.token for one in reports] == list(prompt[1:])
+    padded = np.zeros((1, config.context), np.int32)
+    padded[0, : len(prompt)] = prompt
+    for at, one in enumerate(reports):
+        logits_V = np.asarray(logits_without_cache(config, params, padded, np.int32(at)), np.float64)
+        logprobs_V = logits_V - np.log(np.sum(np.exp(logits_V)))
+        # float32 against float64 over 257 terms.
+        np.testing.assert_allclose(one.logprob, logprobs_V[one.token], atol=2e-4)
+        assert [token for token, _ in one.top] == np.argsort(-logprobs_V, kind="stable")[:num_top].tolist()

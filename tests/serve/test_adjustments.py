@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from greedy import assert_holds
 
 from gcompute.config.serve import ServeConfig
 from gcompute.model.tokenizer import Tokenizer
@@ -205,6 +206,23 @@ def test_logprobs_are_the_models_own_whatever_the_settings(engine, reference):
             assert [token for token, _ in one.top] == np.argsort(-p, kind="stable")[: own.logprobs].tolist()
             np.testing.assert_allclose([lp for _, lp in one.top], np.log(p[[t for t, _ in one.top]]), atol=2e-4)
     assert engine.generate([(1,)], Sampling(max_tokens=2))[0].logprobs == ()
+
+
+def test_what_the_model_held_of_a_prompt_is_reported_too(engine, params, config):
+    rng = np.random.default_rng(4)
+    # Twice the same: what the prefix cache has of it is not taken from there.
+    prompts = [tuple(rng.integers(0, 256, size).tolist()) for size in (1, 2, 40)]
+    prompts.append(prompts[-1])
+    asked = [
+        Sampling(max_tokens=3, temperature=0.0, prompt_logprobs=top, logit_bias=((7, 9.0),)) for top in (0, 3, 20, 1)
+    ]
+    plain = [dataclasses.replace(one, prompt_logprobs=None) for one in asked]
+    mixed = engine.generate([*prompts, *prompts], [*asked, *plain])
+    for prompt, one, got, unasked in zip(prompts, asked, mixed, mixed[len(prompts) :], strict=False):
+        assert_holds(params, config, prompt, got.prompt_logprobs, one.prompt_logprobs)
+        assert got.ids == unasked.ids
+        assert unasked.prompt_logprobs == ()
+        assert got.usage.cached_tokens == 0
 
 
 def test_a_row_that_ends_takes_no_more_steps(engine):

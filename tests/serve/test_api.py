@@ -75,6 +75,37 @@ def test_every_form_of_prompt_and_n_and_echo(http, tokenizer):
     assert complete(http, prompt="x")["usage"]["completion_tokens"] <= 16
 
 
+def test_an_echo_with_logprobs_scores_the_prompt(http):
+    scored = {"prompt": "twofold", "echo": True, "logprobs": 2, "temperature": 0, "ignore_eos": True}
+    whole = complete(http, **scored, max_tokens=2)["choices"][0]
+    reports = whole["logprobs"]
+    assert [len(column) for column in reports.values()] == [9] * 4
+    assert "".join(reports["tokens"][:7]) == "twofold"
+    assert reports["text_offset"] == list(range(9))
+    assert (reports["token_logprobs"][0], reports["top_logprobs"][0]) == (None, None)
+    assert all(value < 0 for value in reports["token_logprobs"][1:])
+    for token, value, top in list(zip(*list(reports.values())[:3], strict=True))[1:]:
+        assert top[token] == value
+        assert 2 <= len(top) <= 3
+    # One token of output tells of that one alone, and none of none, as lm-eval's requests ask.
+    for most in (1, 0):
+        less = complete(http, **scored, max_tokens=most)
+        choice = less["choices"][0]
+        assert choice["logprobs"] == {name: column[: 7 + most] for name, column in reports.items()}
+        assert choice["text"] == whole["text"][: 7 + most]
+        assert choice["finish_reason"] == "length"
+        assert counts(less["usage"]) == {"prompt_tokens": 7, "completion_tokens": most, "total_tokens": 7 + most}
+        chunks = stream(http, **scored, max_tokens=most)
+        parts = [chunk["choices"][0] for chunk in chunks[:-1]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        columns = [part["logprobs"] for part in parts if part["logprobs"]]
+        assert {name: [value for one in columns for value in one[name]] for name in reports} == choice["logprobs"]
+    # Each prompt of several has its own.
+    two = complete(http, **{**scored, "prompt": ["twofold", "ab"]}, max_tokens=0)["choices"]
+    assert two[0]["logprobs"]["tokens"] == reports["tokens"][:7]
+    assert two[1]["logprobs"]["tokens"] == ["a", "b"]
+
+
 def test_stop_strings_end_the_text_whether_streamed_or_not(http):
     text = complete(http, prompt="once upon", **GREEDY)["choices"][0]["text"]
     stop = text[3:6]
@@ -114,7 +145,8 @@ def test_metrics_count_what_was_done(http, engine):
     assert metric(http, "gcompute_time_to_first_token_seconds_count") >= 1
     assert metric(http, "gcompute_slots") == 3
     assert metric(http, "gcompute_running") == metric(http, "gcompute_kv_cells_used") == 0
-    assert metric(http, "gcompute_programs") == len(engine.programs())
+    # Those that score prompts come with the first that asks for it.
+    assert metric(http, "gcompute_programs") >= len(engine.programs())
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -12,7 +12,7 @@ from functools import partial
 
 import jax
 import pytest
-from greedy import random_prompts, solo_greedy
+from greedy import assert_holds, random_prompts, solo_greedy
 from tiers import mostly_slow
 
 from gcompute.config.serve import ServeConfig
@@ -150,6 +150,18 @@ def test_settings_that_look_back_are_not_changed_by_giving_way(start, preemption
     expected = [roomy.engine.generate([prompt], own)[0].ids for prompt, own in zip(prompts, each, strict=True)]
     assert [done.ids for done in watched.engine.generate(prompts, each)] == expected
     assert watched.engine.stats().num_preemptions > 0
+
+
+def test_scored_prompts_are_reported_whole_though_read_in_chunks_or_twice(start, params, config):
+    watched = start(num_pages=TIGHT)
+    prompts = [tuple(range(at, at + size)) for at, size in ((3, 31), (20, 15), (60, 14))]
+    each = [replace(one, prompt_logprobs=2) for one in some(prompts)]
+    assert each[0].max_tokens == 1
+    for prompt, one in zip(prompts, watched.engine.generate(prompts, each), strict=True):
+        assert_holds(params, config, prompt, one.prompt_logprobs, 2)
+        assert one.ids == solo_greedy(params, config, prompt, 32 - len(prompt))
+    assert watched.engine.stats().num_preemptions > 0
+    assert sum(isinstance(work, Prefill) for work in watched.done) > len(prompts)
 
 
 def test_those_that_give_way_find_their_beginning(start, params, config):
