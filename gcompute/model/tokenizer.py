@@ -103,6 +103,10 @@ class Tokenizer:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def to_json(self) -> str:
+        """The tokenizer.json."""
+        return self._backend.to_str()
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id: the number of rows that an embedding needs."""

@@ -4,6 +4,7 @@
     x  = x / r where x > 0 else x * r      for tokens of prompt or output    (repetition penalty r)
     x -= count * f + (count > 0) * p       count: times in the output        (frequency f and presence p)
     x  = HELD                              for ends, until min_tokens are chosen
+    x  = HELD                              for tokens that the row's grammar does not allow
 
 A row depends on itself alone, and a step in which no row asks for anything computes nothing.
 
@@ -18,7 +19,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 NO_TOKEN = -1
 # Finite, so that a row whose every token is held still has a maximum to subtract.
@@ -28,7 +29,10 @@ HELD = -1e30
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdjustmentRows:
-    """The settings of each row. bias_ids and ends are filled up with NO_TOKEN; num_prompt: tokens of the prompt."""
+    """The settings of each row. bias_ids and ends are filled up with NO_TOKEN; num_prompt: tokens of the prompt.
+
+    allowed: a bit for each token, lowest first, which says where the row is `constrained` that it may come next.
+    """
 
     presence: Float[Array, "b"]
     frequency: Float[Array, "b"]
@@ -38,6 +42,8 @@ class AdjustmentRows:
     ends: Int[Array, "b e"]
     num_prompt: Int[Array, "b"]
     min_tokens: Int[Array, "b"]
+    constrained: Bool[Array, "b"]
+    allowed: UInt32[Array, "b w"]
 
 
 def adjust(
@@ -62,7 +68,9 @@ def adjust(
         x_BV = _set(x_BV, jnp.where(held_B[:, None], rows.ends, NO_TOKEN), HELD)
         return jnp.where((biased_B | penalised_B | held_B)[:, None], x_BV, logits_BV)
 
-    return jax.lax.cond(jnp.any(biased_B | penalised_B | held_B), change, lambda x: x, logits_BV)
+    changed_BV = jax.lax.cond(jnp.any(biased_B | penalised_B | held_B), change, lambda x: x, logits_BV)
+    bound_B = live_B & rows.constrained
+    return jax.lax.cond(jnp.any(bound_B), lambda x: _bind(x, bound_B, rows.allowed), lambda x: x, changed_BV)
 
 
 def hold_unused(logits_BTV: Float[Array, "*b v"], unused: Sequence[range]) -> Float[Array, "*b v"]:
@@ -78,7 +86,7 @@ def hold_unused(logits_BTV: Float[Array, "*b v"], unused: Sequence[range]) -> Fl
 def asked(rows: AdjustmentRows, positions_B: Int[Array, "b"], live_B: Bool[Array, "b"]) -> Bool[Array, "b"]:
     """Which rows `adjust` changes."""
     biased_B, penalised_B, held_B = _asked(rows, positions_B, live_B)
-    return biased_B | penalised_B | held_B
+    return biased_B | penalised_B | held_B | (live_B & rows.constrained)
 
 
 def is_end(token_B: Int[Array, "b"], rows: AdjustmentRows) -> Bool[Array, "b"]:
@@ -91,6 +99,12 @@ def _asked(rows: AdjustmentRows, positions_B: Array, live_B: Array) -> tuple[Arr
     biased_B = live_B & jnp.any(rows.bias_ids != NO_TOKEN, axis=1)
     penalised_B = live_B & ((rows.presence != 0) | (rows.frequency != 0) | (rows.repetition != 1))
     return biased_B, penalised_B, live_B & (positions_B < rows.num_prompt + rows.min_tokens)
+
+
+def _bind(x_BV: Array, bound_B: Array, allowed_BW: Array) -> Array:
+    ids_V = jnp.arange(x_BV.shape[1], dtype=jnp.uint32)
+    bits_BV = (allowed_BW[:, ids_V // 32] >> (ids_V % 32)) & 1
+    return jnp.where(bound_B[:, None] & (bits_BV == 0), HELD, x_BV)
 
 
 def _penalise(x_BV: Array, rows: AdjustmentRows, tokens_BS: Array, positions_B: Array) -> Array:

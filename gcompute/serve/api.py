@@ -146,8 +146,7 @@ class _Api:
             self._check_key(request)
             body = await _read_body(request, self._max_body_bytes)
             ask = await run_in_threadpool(parse, body)
-            if any(one.sampling.prompt_logprobs is not None for one in ask.requests):
-                await run_in_threadpool(self._engine.prepare, ask.requests)
+            await run_in_threadpool(self._engine.prepare, ask.requests)
             answer = answer_type(ask, self._engine)
             streams = self._engine.submit_all(ask.requests)
             if ask.stream:

@@ -14,6 +14,7 @@ from gcompute.parallel.mesh import use_mesh
 from gcompute.serve import few_rows, programs, speculation
 from gcompute.serve.adjustments import NO_TOKEN
 from gcompute.serve.buckets import bucket_of
+from gcompute.serve.grammar import mask_words
 from gcompute.serve.limits import Limits
 from gcompute.serve.placement import abstract_state
 from gcompute.serve.request import Sampling
@@ -43,6 +44,7 @@ def list_programs(limits: Limits) -> tuple[Program, ...]:
     return (
         Program("init"),
         Program("admit"),
+        Program("bind"),
         *(Program("prefill", sizes) for sizes in sorted(chunks)),
         *(
             Program("speculate" if batch in limits.draft_batches else "decode", (batch, bucket))
@@ -91,6 +93,10 @@ def lower_program(program: Program, weights: Weights, shape: EngineShape) -> jax
             case "admit", ():
                 admit = jax.jit(programs.admit, donate_argnums=0, out_shardings=laid)
                 return admit.lower(state, number, like(_row(shape)))
+            case "bind", ():
+                bind = jax.jit(programs.bind, donate_argnums=0, out_shardings=laid)
+                slots, words = shape.limits.slots, mask_words(shape.model.vocab)
+                return bind.lower(state, numbers(slots), numbers(slots, words, dtype=jnp.uint32))
             case ("prefill" | "score") as kind, (chunk, bucket):
                 reads = programs.score if kind == "score" else programs.prefill
                 run = partial(reads, shape=shape, chunk=chunk)
@@ -112,7 +118,7 @@ def lower_program(program: Program, weights: Weights, shape: EngineShape) -> jax
 def _row(shape: EngineShape) -> Rows:
     """The row of a request, without its values."""
     row = partial(new_row, Sampling(), (0,), num_prompt=1, length=0, end=NO_TOKEN, seed=0)
-    return jax.eval_shape(partial(row, num_cells=shape.num_cells))
+    return jax.eval_shape(partial(row, num_cells=shape.num_cells, num_words=mask_words(shape.model.vocab)))
 
 
 def _num_rows(program: Program, shape: EngineShape) -> int:

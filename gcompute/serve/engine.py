@@ -24,6 +24,7 @@ from gcompute.serve.adjustments import NO_TOKEN
 from gcompute.serve.assembly import engine_shape
 from gcompute.serve.choices import read_row
 from gcompute.serve.compilation import Program, list_programs, scoring_programs
+from gcompute.serve.grammar import Grammars, mask_words
 from gcompute.serve.observation import observe
 from gcompute.serve.offline import complete_all, make_requests, progress_bar
 from gcompute.serve.request import NotReady, Request, RequestError, Sampling, check_fits
@@ -67,6 +68,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_context = shape.limits.max_context
         self._runner = Runner(params, shape, draft[0] if draft else None)
+        self._grammars = Grammars(tokenizer, config.vocab)
         self._scheduler = Scheduler(shape.limits)
         self.max_choices = serve.max_queue + serve.slots
         # Guards all below; the engine's thread holds it only to decide and to record, never while the device runs.
@@ -168,8 +170,14 @@ class Engine:
         return streams
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Compile what the first requests for log-probabilities of their prompt need, on the caller's thread."""
+        """Compile what these are the first to need, on the caller's thread: schemas, and programs that score prompts.
+
+        Raises:
+          RequestError: a schema cannot be followed.
+        """
         for request in requests:
+            if request.sampling.json_schema is not None:
+                self._grammars.start(request.sampling.json_schema)
             if request.sampling.prompt_logprobs is not None:
                 for program in scoring_programs(self._runner.shape.limits, len(request.prompt)):
                     self._runner.compile(program)
@@ -242,6 +250,11 @@ class Engine:
         check_fits(request, vocab=self.config.vocab, max_context=self.max_context)
         if request.sampling.stop and self.tokenizer is None:
             raise RequestError("stop needs a tokenizer, and this engine has none.", param="stop")
+        if request.sampling.json_schema is not None:
+            if self._runner.shape.limits.drafts:
+                reason = "response_format is not for servers that speculate: proposals are not held to a grammar."
+                raise RequestError(reason, param="response_format")
+            self._grammars.start(request.sampling.json_schema)
 
     def _enter(self, request: Request) -> EventStream:
         request_id, self._next_id = self._next_id, self._next_id + 1
@@ -250,13 +263,21 @@ class Engine:
         stream = EventStream(request, request_id)
         sampling = request.sampling
         reuse = sampling.prompt_logprobs is None
-        self._scheduler.add(request_id, prompt=request.prompt, max_tokens=sampling.max_tokens, reuse=reuse)
+        grammar = None if sampling.json_schema is None else self._grammars.start(sampling.json_schema)
+        self._scheduler.add(
+            request_id,
+            prompt=request.prompt,
+            max_tokens=sampling.max_tokens,
+            reuse=reuse,
+            single=grammar is not None,
+        )
         decoder = StreamDecoder(self.tokenizer) if self.tokenizer is not None else None
         self._outputs[request_id] = Output(
             stream,
             decoder=decoder,
             ends={self._end_token(sampling), *sampling.stop_token_ids},
             arrived_s=time.perf_counter(),
+            grammar=grammar,
         )
         return stream
 
@@ -327,9 +348,11 @@ class Engine:
             seq.tokens,
             num_prompt=seq.num_prompt,
             num_cells=self._runner.shape.num_cells,
+            num_words=mask_words(self.config.vocab),
             length=seq.cached,
             end=self._end_token(sampling),
             seed=sampling.seed,
+            allowed=None if output.grammar is None else output.grammar.mask(),
         )
         self._runner.admit(slot, row)
 
@@ -352,6 +375,13 @@ class Engine:
             self._deliver(work.request_id, tokens, logprobs)
 
     def _decode(self, work: Decode) -> None:
+        masks = {
+            row.slot: grammar.mask()
+            for row in work.rows
+            if row is not None and (grammar := self._outputs[row.request_id].grammar) is not None
+        }
+        if masks:
+            self._runner.bind(masks)
         began_s = time.perf_counter()
         choices = self._runner.decode(work)
         took_s = time.perf_counter() - began_s

@@ -10,6 +10,7 @@ from typing import Any
 
 from gcompute.config.fields import nearest
 from gcompute.serve.errors import HttpError
+from gcompute.serve.grammar import read_schema
 from gcompute.serve.request import MAX_BIASES, RequestError, Sampling
 
 MAX_N = 16
@@ -20,7 +21,7 @@ LABELS = ("safety_identifier", "prompt_cache_key", "metadata")
 SHARED = (
     *("model", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "ignore_eos"),
-    *("stream", "stream_options", "n", "user", *LABELS),
+    *("response_format", "stream", "stream_options", "n", "user", *LABELS),
 )
 # Handed to Sampling as they came.
 PLAIN = (
@@ -44,7 +45,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (),
     "return_tokens_as_token_ids": (),
     "truncate_prompt_tokens": (-1,),
-    "response_format": ({"type": "text"},),
 }
 EMPTY = (False, 0, 0.0, "", [], {})
 # Where such a value asks for something.
@@ -148,6 +148,7 @@ def read_sampling(
         logit_bias=_read_bias(fields),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        json_schema=read_schema(fields.get("response_format") or None),
     )
 
 

@@ -1,8 +1,8 @@
 """The programs of the engine, each compiled once for each of its few sizes.
 
-admit tells a slot of its request. prefill[chunk, bucket] reads a chunk of one prompt; score[chunk, bucket] also tells
-how likely each of its tokens was. decode[rows, bucket] takes up to `num_steps` steps for some rows, attending to
-`bucket` cells of each; speculate[rows, bucket] does so with drafts (see
+admit tells a slot of its request, and bind what its grammar allows next. prefill[chunk, bucket] reads a chunk of one
+prompt; score[chunk, bucket] also tells how likely each of its tokens was. decode[rows, bucket] takes up to `num_steps`
+steps for some rows, attending to `bucket` cells of each; speculate[rows, bucket] does so with drafts (see
 `speculation`). swap_out[bucket] and swap_in[bucket] take pages to the host and back. Whatever belongs to a request is
 data, so these and `init` are all the programs.
 """
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt32
 
 from gcompute.config.model import ModelConfig
 from gcompute.model.transformer import Params
@@ -23,7 +23,7 @@ from gcompute.serve.next_token import choose
 from gcompute.serve.page_cache import PageCache
 from gcompute.serve.placement import one_row
 from gcompute.serve.shares import gather, put_back
-from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows, with_tokens
+from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows, with_masks, with_tokens
 
 Carry = tuple[Array, Rows, RowCache | PageCache, Choices]
 
@@ -31,6 +31,11 @@ Carry = tuple[Array, Rows, RowCache | PageCache, Choices]
 def admit(state: EngineState, slot: Int[Array, ""], row: Rows) -> EngineState:
     """Put a request's row into its slot."""
     return replace(state, rows=put_rows(state.rows, slot[None], row))
+
+
+def bind(state: EngineState, slots_B: Int[Array, "b"], allowed_BW: UInt32[Array, "b w"]) -> EngineState:
+    """Tell slots which tokens their grammars allow next."""
+    return replace(state, rows=with_masks(state.rows, slots_B, allowed_BW))
 
 
 def prefill(

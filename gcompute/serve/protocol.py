@@ -152,9 +152,8 @@ def _reseeded(sampling: Sampling, choice: int) -> Sampling:
 
 
 def _prompts(prompt: Any, engine: Engine) -> list[tuple[str | None, tuple[int, ...]]]:
-    """Each prompt's text, None where ids were given, and its ids. All four OpenAI forms are read."""
-    if prompt is None:
-        raise RequestError("prompt is required: a string, a list of strings, or token ids.", param="prompt")
+    """Each prompt's text, None where ids were given, and its ids. Reads OpenAI's four forms; null is an empty text."""
+    prompt = "" if prompt is None else prompt
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and _is_id(prompt[0])):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:

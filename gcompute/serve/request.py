@@ -46,7 +46,8 @@ class Sampling:
     it. repetition_penalty: divides a positive logit and multiplies a negative one where prompt or output has the token.
     logit_bias: (token id, added to its logit) pairs. logprobs: how many of the most likely tokens to report beside each
     chosen one, by the model's own probabilities, before any setting acts; None reports nothing. prompt_logprobs: the
-    same of the prompt's tokens but the first; such a prompt is read whole, whatever the prefix cache has.
+    same of the prompt's tokens but the first; such a prompt is read whole, whatever the prefix cache has. json_schema:
+    the JSON text of a schema that the output meets, unless max_tokens cuts it off; it ends where that does.
 
     Raises:
       RequestError: a value has the wrong type or is out of range.
@@ -68,6 +69,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         int32 = 2**31 - 1
@@ -104,6 +106,11 @@ class Sampling:
                 param="stop_token_ids",
             )
         self._check_bias()
+        if self.json_schema is not None and not isinstance(self.json_schema, str):
+            raise RequestError("json_schema must be the text of a schema.", param="response_format")
+        if self.json_schema is not None and (self.ignore_eos or self.min_tokens):
+            reason = "the schema says where output ends, and ignore_eos and min_tokens say otherwise"
+            raise RequestError(f"response_format excludes those: {reason}.", param="response_format")
 
     def _check_bias(self) -> None:
         if not isinstance(self.logit_bias, tuple) or not all(

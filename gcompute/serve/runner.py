@@ -1,7 +1,7 @@
 """What the engine's thread runs programs with: the parameters, the compiled programs and the one donated state."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from gcompute.config.model import ModelConfig
 from gcompute.model.transformer import Params
 from gcompute.serve.choices import Choices
 from gcompute.serve.compilation import Program, compile_program
+from gcompute.serve.grammar import mask_words
 from gcompute.serve.native.huge_pages import collapse
 from gcompute.serve.placement import spread, weight_shardings
 from gcompute.serve.programs import Saved
@@ -101,6 +102,14 @@ class Runner:
     def admit(self, slot: int, row: Rows) -> None:
         """Put a request's row into its slot."""
         self.state = self.compiled[Program("admit")](self.state, np.int32(slot), row)
+
+    def bind(self, masks: Mapping[int, np.ndarray]) -> None:
+        """Tell slots which tokens may come next."""
+        slots = np.full(self.shape.limits.slots, self.shape.limits.slots, np.int32)
+        allowed = np.zeros((len(slots), mask_words(self.shape.model.vocab)), np.uint32)
+        for at, (slot, mask) in enumerate(masks.items()):
+            slots[at], allowed[at] = slot, mask
+        self.state = self.compiled[Program("bind")](self.state, slots, allowed)
 
     def prefill(self, work: Prefill) -> Choices:
         """Read a chunk; one row of one token, which is NO_TOKEN unless the chunk is the last."""

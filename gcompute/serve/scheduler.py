@@ -76,8 +76,12 @@ class Scheduler:
                 f"{len(self._waiting)} requests are waiting, and at most {self.limits.max_queue} may. Try again later."
             )
 
-    def add(self, request_id: int, *, prompt: Sequence[int], max_tokens: int, reuse: bool = True) -> None:
+    def add(
+        self, request_id: int, *, prompt: Sequence[int], max_tokens: int, reuse: bool = True, single: bool = False
+    ) -> None:
         """Put a request at the end of the queue; without `reuse` its whole prompt is read.
+
+        single: dispatches that it is in take one step.
 
         Raises:
           QueueFull: no room.
@@ -93,6 +97,7 @@ class Scheduler:
                 num_prompt=len(prompt),
                 max_tokens=max_tokens,
                 reuse=reuse and self.limits.prefix_cache,
+                single=single,
             )
         )
 
@@ -267,7 +272,8 @@ class Scheduler:
             bucket = bucket_of(longest + 1 + self.limits.drafts, self.limits.buckets)
             # Steps stay within the bucket; a row that speculates rests before it would leave it.
             room = bucket - longest
-            num_steps = 1 if few else min(self.limits.decode_steps, max(seq.remaining for seq in rows), room)
+            one = few or any(seq.single for seq in rows)
+            num_steps = 1 if one else min(self.limits.decode_steps, max(seq.remaining for seq in rows), room)
             if self._lacking(rows, num_steps) is not None:
                 num_steps = 1
             share = self._lacking(rows, num_steps)

@@ -4,17 +4,18 @@ Settings and the text of a request have a row of their own, its slot; its keys a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt32
 
 from gcompute.config.model import ModelConfig
 from gcompute.model.transformer import Execution, Params
 from gcompute.serve.adjustments import NO_TOKEN, AdjustmentRows
+from gcompute.serve.grammar import mask_words
 from gcompute.serve.kv_pool import KVPool, empty_pool
 from gcompute.serve.limits import Limits
 from gcompute.serve.request import MAX_BIASES, MAX_STOP_TOKENS, Sampling, seed_words
@@ -82,8 +83,8 @@ class EngineShape:
         return self.limits.buckets[-1]
 
 
-def empty_rows(num: int, num_cells: int) -> Rows:
-    """Rows of which none is active."""
+def empty_rows(num: int, num_cells: int, num_words: int) -> Rows:
+    """Rows of which none is active; num_words: of a mask over the vocabulary."""
     return Rows(
         history=jnp.zeros((num, num_cells), jnp.int32),
         length=jnp.zeros(num, jnp.int32),
@@ -99,6 +100,8 @@ def empty_rows(num: int, num_cells: int) -> Rows:
             ends=jnp.full((num, 1 + MAX_STOP_TOKENS), NO_TOKEN, jnp.int32),
             num_prompt=jnp.zeros(num, jnp.int32),
             min_tokens=jnp.zeros(num, jnp.int32),
+            constrained=jnp.zeros(num, bool),
+            allowed=jnp.zeros((num, num_words), jnp.uint32),
         ),
         sampling=SamplingRows(
             temperature=jnp.zeros(num, jnp.float32),
@@ -117,17 +120,27 @@ def empty_state(shape: EngineShape) -> EngineState:
     return EngineState(
         pool=empty_pool(shape.model, **pages),
         draft_pool=empty_pool(shape.draft, **pages) if shape.draft else None,
-        rows=empty_rows(limits.slots, shape.num_cells),
+        rows=empty_rows(limits.slots, shape.num_cells, mask_words(shape.model.vocab)),
     )
 
 
 def new_row(
-    sampling: Sampling, tokens: Sequence[int], *, num_prompt: int, num_cells: int, length: int, end: int, seed: int
+    sampling: Sampling,
+    tokens: Sequence[int],
+    *,
+    num_prompt: int,
+    num_cells: int,
+    num_words: int,
+    length: int,
+    end: int,
+    seed: int,
+    allowed: np.ndarray | None = None,
 ) -> Rows:
     """The host's arrays of one row, [1, ...]; making them compiles nothing.
 
     tokens: the prompt and what was chosen. length: how many are in the pool; the row is active where it lacks one
-    alone. end: the token that ends the output beside the request's own stop ids, or NO_TOKEN.
+    alone. end: the token that ends the output beside the request's own stop ids, or NO_TOKEN. allowed: the mask, in
+    `num_words` words, of the next token, where a grammar binds it.
     """
 
     def host(values: Any, dtype: Any) -> Any:
@@ -153,6 +166,8 @@ def new_row(
             ends=host(filled([end, *sampling.stop_token_ids], 1 + MAX_STOP_TOKENS, NO_TOKEN), np.int32),
             num_prompt=host([num_prompt], np.int32),
             min_tokens=host([sampling.min_tokens], np.int32),
+            constrained=host([allowed is not None], bool),
+            allowed=host([np.zeros(num_words) if allowed is None else allowed], np.uint32),
         ),
         sampling=SamplingRows(
             temperature=host([sampling.temperature], np.float32),
@@ -162,6 +177,12 @@ def new_row(
             seed=host([seed_words(seed)], np.uint32),
         ),
     )
+
+
+def with_masks(rows: Rows, slots_B: Int[Array, "b"], allowed_BW: UInt32[Array, "b w"]) -> Rows:
+    """The rows with the masks of the next token of some; a slot that does not exist is passed over."""
+    masks = rows.adjustments.allowed.at[slots_B].set(allowed_BW, mode="drop")
+    return replace(rows, adjustments=replace(rows.adjustments, allowed=masks))
 
 
 def with_tokens(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from gcompute.serve.grammar import Grammar
 from gcompute.serve.request import Request
 
 log = logging.getLogger(__name__)
@@ -242,14 +243,23 @@ class Decoder(Protocol):
 class Output:
     """Turns the tokens chosen for one request into its events, and knows when they end it.
 
-    ends: the ids that end the output. Times are seconds on one monotonic clock.
+    ends: the ids that end the output. grammar: what allows each. Times are seconds on one monotonic clock.
     """
 
-    def __init__(self, stream: EventStream, *, decoder: Decoder | None, ends: Collection[int], arrived_s: float):
+    def __init__(
+        self,
+        stream: EventStream,
+        *,
+        decoder: Decoder | None,
+        ends: Collection[int],
+        arrived_s: float,
+        grammar: Grammar | None = None,
+    ):
         self.stream = stream
         self.num_tokens = 0
         self._decoder = decoder
         self._ends = ends
+        self.grammar = grammar
         self._finder = StopFinder(stream.request.sampling.stop)
         self._arrived_s = arrived_s
         self._admitted_s: float | None = None
@@ -292,6 +302,11 @@ class Output:
                 if self._finder.found:
                     reason = Reason.STOP
                     break
+            if self.grammar is not None:
+                self.grammar.accept(token)
+                if self.grammar.is_complete:
+                    reason = Reason.STOP
+                    break
             if self.num_tokens == sampling.max_tokens:
                 reason = Reason.LENGTH
                 break
@@ -302,12 +317,13 @@ class Output:
     def finish(self, reason: Reason, now_s: float, error: str | None = None) -> Finished:
         """Put out the last event, with the text that was held back unless a stop string or an error cut it off.
 
-        Text that cannot be made makes it an error.
+        A stop string in it is the reason; text that cannot be made makes it an error.
         """
         tail = ""
         if self._decoder is not None and reason in SERVED:
             try:
                 tail = self._finder.push(self._decoder.flush()) + self._finder.flush()
+                reason = Reason.STOP if self._finder.found else reason
             except Exception as failure:
                 log.exception("request %d: its last text could not be made", self.stream.request_id)
                 reason, error = Reason.ERROR, f"the output could not be decoded: {failure}"

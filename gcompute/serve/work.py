@@ -11,7 +11,8 @@ class Sequence:
 
     tokens: the prompt and what was chosen. cached: how many of them have keys and values in `pages`. share: the part
     of the pool, and of a mesh, that it lives in. saved: its keys and values wait on the host. num_published: of its
-    pages, how many can be found. entered: it was admitted before.
+    pages, how many can be found. entered: it was admitted before. single: one token a dispatch, for the host has a say
+    in each.
     """
 
     request_id: int
@@ -27,6 +28,7 @@ class Sequence:
     saved: bool = False
     num_published: int = 0
     entered: bool = False
+    single: bool = False
 
     @property
     def num_output(self) -> int:

@@ -243,6 +243,8 @@ def blank_rows(num: int) -> AdjustmentRows:
         ends=jnp.full((num, 2), NO_TOKEN),
         num_prompt=jnp.full(num, 3),
         min_tokens=jnp.zeros(num, jnp.int32),
+        constrained=jnp.zeros(num, bool),
+        allowed=jnp.zeros((num, 9), jnp.uint32),
     )
 
 
@@ -269,7 +271,7 @@ def test_adjusted_logits_equal_the_reference_row_by_row():
     prompts = [tuple(rng.integers(0, V, 5).tolist()) for _ in kinds]
     outputs = [rng.integers(0, V, 40).tolist() for _ in kinds]
     admitted = [
-        new_row(own, prompt, num_prompt=len(prompt), num_cells=16, length=0, end=256, seed=0).adjustments
+        new_row(own, prompt, num_prompt=len(prompt), num_cells=16, num_words=9, length=0, end=256, seed=0).adjustments
         for prompt, own in zip(prompts, kinds, strict=True)
     ]
     rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *admitted)

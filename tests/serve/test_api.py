@@ -106,6 +106,11 @@ def test_an_echo_with_logprobs_scores_the_prompt(http):
     assert two[1]["logprobs"]["tokens"] == ["a", "b"]
 
 
+def test_no_prompt_is_an_empty_one(http):
+    expected = complete(http, prompt="", **GREEDY)["choices"]
+    assert complete(http, prompt=None, **GREEDY)["choices"] == complete(http, **GREEDY)["choices"] == expected
+
+
 def test_stop_strings_end_the_text_whether_streamed_or_not(http):
     text = complete(http, prompt="once upon", **GREEDY)["choices"][0]["text"]
     stop = text[3:6]

@@ -20,8 +20,6 @@ LENGTH = "context_length_exceeded"
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({}, "prompt"),
-        ({"prompt": None}, "prompt"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
@@ -83,6 +81,12 @@ LENGTH = "context_length_exceeded"
         ({"prompt": "a", "best_of": True}, "best_of"),
         ({"prompt": "a", "best_of": 2, "stream": True}, "stream"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "response_format": "json"}, "response_format"),
+        ({"prompt": "a", "response_format": {"type": "grammar"}}, "response_format"),
+        ({"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format"),
+        ({"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": 5}}}, "response_format"),
+        ({"prompt": "a", "response_format": {"type": "json_object"}, "ignore_eos": True}, "response_format"),
+        ({"prompt": "a", "response_format": {"type": "json_object"}, "min_tokens": 2}, "response_format"),
         ({"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"prompt": "a", "length_penalty": 2.0}, "length_penalty"),
         ({"prompt": "a", "priority": True}, "priority"),

@@ -28,6 +28,15 @@ def pieces(tokenizer: Tokenizer, text: str, stop: tuple[str, ...], block: int) -
     return [event.text for event in stream], reason
 
 
+def test_a_stop_string_in_what_was_held_back_is_the_reason():
+    # An unfinished character becomes U+FFFD once nothing more will come.
+    stream = EventStream(Request(prompt=(1,), sampling=Sampling(max_tokens=2, stop=("\N{REPLACEMENT CHARACTER}",))), 0)
+    output = Output(stream, decoder=StreamDecoder(BYTES), ends=(), arrived_s=0.0)
+    assert output.push([*BYTES.encode("a"), 0xE9], 0.0) is Reason.LENGTH
+    assert output.finish(Reason.LENGTH, 0.0).reason is Reason.STOP
+    assert "".join(event.text for event in stream) == "a"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block", [1, 3, 100])
 @pytest.mark.parametrize("stop", ["☃☂", "☂ s", "雪だ", "😁", "ï", "the end", "w 雪"])
