@@ -32,6 +32,8 @@ QUIET_SPREAD = 0.1
 # Of the host's processor time just before measuring, what others may use.
 QUIET_LOAD, LOOK_S = 0.2, 0.2
 MAX_ROUNDS = 3
+# One that was measured beside other work each time is not believed for ever: a job may have run all day.
+DOUBTED_S = 3600.0
 MEMORY = "memory"
 PROGRESS_NAME = "measuring the roofline"
 
@@ -48,7 +50,7 @@ class MeasuredRoofline:
     On CPU one device is all the cores that XLA uses. `num_devices_measured` is 1: nothing else ran meanwhile.
     spread: by dtype and "memory", how far the median of a ceiling's repeats lies above the shortest, as a share of it.
     load: share of the host's processor time that others used just before (the load average still knows of what ended).
-    num_sessions: how often it was measured, see `load_or_measure`.
+    num_sessions: how often it was measured, see `load_or_measure`; measured_at_s: when last, in seconds since 1970.
     """
 
     matmul_flops_per_s: dict[str, float]
@@ -59,6 +61,7 @@ class MeasuredRoofline:
     spread: dict[str, float]
     load: float
     num_sessions: int
+    measured_at_s: float
 
     @property
     def disturbed(self) -> str | None:
@@ -89,6 +92,7 @@ class MeasuredRoofline:
                     "spread": {name: float(values["spread"][name]) for name in (*DTYPES, MEMORY)},
                     "load": float(values["load"]),
                     "num_sessions": int(values["num_sessions"]),
+                    "measured_at_s": float(values["measured_at_s"]),
                 }
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -155,6 +159,7 @@ def measure_roofline(
         spread=spread,
         load=load,
         num_sessions=1,
+        measured_at_s=time.time(),
     )
 
 
@@ -165,8 +170,8 @@ def load_or_measure(
 
     The file holds one entry for each machine, backend and version (`cache_key`). One that does not parse is measured
     over, and a file that cannot be written loses the cache, not the measurement. One that was measured beside other
-    work is measured again when it is next asked for, up to 3 times in all; what else runs only lowers a ceiling, so the
-    higher of both counts.
+    work is measured again when it is next asked for, up to 3 times in all and then once an hour; what else runs only
+    lowers a ceiling, so the higher of both counts.
     """
     path, key = Path(path), cache_key(look())
     entries = _read_entries(path)
@@ -174,8 +179,10 @@ def load_or_measure(
     if not again and key in entries:
         with contextlib.suppress(ValueError):
             kept = MeasuredRoofline.from_dict(entries[key])
-    if kept and (kept.disturbed is None or kept.num_sessions >= MAX_ROUNDS):
-        return kept
+    if kept:
+        age_s = abs(time.time() - kept.measured_at_s)
+        if kept.disturbed is None or (kept.num_sessions >= MAX_ROUNDS and age_s < DOUBTED_S):
+            return kept
     roofline = measure_roofline(seconds=seconds, progress=progress)
     if kept:
         roofline = _higher(kept, roofline)

@@ -157,6 +157,10 @@ def test_one_measured_beside_other_work_is_measured_again_and_keeps_what_is_high
     assert [one.num_sessions for one, _ in seen] == [1, 2, 3, 3]
     assert all(one.matmul_flops_per_s["float32"] == 1e18 for one, _ in seen[1:])
     assert seen[-1][0].disturbed
+    # Not for ever: the other work may have ended since.
+    hours = seen[-1][0].measured_at_s + 2 * roofline_module.DOUBTED_S
+    monkeypatch.setattr(roofline_module.time, "time", lambda: hours)
+    assert [load(path)[1], load(path)[1]] == [True, False]
 
 
 def test_an_emulated_processor_has_a_roofline_of_its_own():
