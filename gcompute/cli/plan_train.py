@@ -32,7 +32,7 @@ BY = ("time", "cost")
 NOT_PLANNED = {
     *("steps", "seed", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep"),
     *("log_every", "dispatch_steps"),
-    *("unroll", "batch", "seq", "mesh", "remat", "accumulation"),
+    *("unroll", "batch", "seq", "mesh", "remat", "accumulation", "dropout"),
 }
 USUAL_SEQ = 8192
 # Of Adam and its kin; a model that the trainer has not is planned for with these.

@@ -126,6 +126,9 @@ class TrainConfig:
     )
     remat: str = option("none", "what the backward pass recomputes", choices=REMAT_POLICIES)
     unroll: int | None = option(None, "layers a scan step (default: all on CPU, 1 elsewhere)")
+    dropout: float = option(
+        0.0, "probability of zero in the embedding's sum and in what attention and feed-forward add; training alone"
+    )
     seed: int = option(0, "seed of the initial values and of the order of the data")
     eval_every: int = option(200, "steps between evaluations; 0: only at the end")
     eval_batches: int | None = option(20, "validation batches per evaluation, spread over the split")
@@ -159,6 +162,8 @@ class TrainConfig:
             ),
             at_least_zero=("seed", "eval_every", "checkpoint_every", "zero", "final_eval_batches"),
         )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout:g}.")
         if self.zero > MOST_ZERO:
             raise ValueError(f"zero must be 0, 1 or 2, got {self.zero}: the third stage is the mesh axis fsdp.")
         if (self.pipeline_schedule == "interleaved") != (self.pipeline_chunks > 1):
