@@ -26,7 +26,7 @@ DOES_NOT_FIT = 1
 NEEDS = f"TPUs: {INSTALL['tpu']}; GPUs: {INSTALL['gpu']}"
 # These change how long a run goes on and what it keeps, not its step.
 NOT_OF_A_STEP = {
-    *("steps", "seed", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep"),
+    *("steps", "seed", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep", "keep_best"),
     *("log_every", "dispatch_steps"),
 }
 OTHER_OPTIMIZER_FIELDS = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"optimizer"}

@@ -30,7 +30,7 @@ DOES_NOT_FIT = 1
 BY = ("time", "cost")
 # These change how long a run goes on and what it keeps, or hang on the machine that runs it: not the step.
 NOT_PLANNED = {
-    *("steps", "seed", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep"),
+    *("steps", "seed", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep", "keep_best"),
     *("log_every", "dispatch_steps"),
     *("unroll", "batch", "seq", "mesh", "remat", "accumulation", "dropout"),
 }

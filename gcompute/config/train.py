@@ -21,7 +21,7 @@ MOST_TOKENS_PER_STEP = 2**31 - 1
 # exceptions that are asked for: `decay_steps` move the end of the schedule, another `mesh` adds in another order, as do
 # the settings that say how a mesh is used.
 RESUMABLE = {"steps", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps", "mesh"}
-RESUMABLE |= {"final_eval_batches", "decay_steps"}
+RESUMABLE |= {"final_eval_batches", "decay_steps", "keep_best"}
 RESUMABLE |= {"accumulation", "zero", "sequence_parallel", "context_attention", "pipeline_schedule", "pipeline_chunks"}
 # The tokens are compared with those that the run began with, so the text may have moved.
 RESUMABLE |= {"data"}
@@ -138,7 +138,10 @@ class TrainConfig:
         " training's work, at least eval_batches)",
     )
     checkpoint_every: int = option(200, "steps between checkpoints; 0: only at the end")
-    keep: int = option(3, "checkpoints kept")
+    keep: int = option(3, "checkpoints kept, the newest")
+    keep_best: bool = option(
+        False, "also save and keep the one of lowest validation loss over eval_batches: OUT/checkpoints/best names it"
+    )
     log_every: int = option(
         10, "steps between lines of the metrics file's summary on a terminal that is not interactive"
     )

@@ -53,6 +53,8 @@ def unused(run: RunConfig, names: Collection[str], mesh: MeshShape | None) -> di
             f"warmup_steps={optimizer.warmup_steps} has no effect with"
             f" warmup_fraction={optimizer.warmup_fraction:g}, which says the same"
         )
+    if train.keep_best and not train.eval_every:
+        reasons["keep_best"] = "keep_best has no effect with eval_every=0, which evaluates at the end alone"
     if run.model.experts is None:
         for name in (name for name in EXPERT_FIELDS if getattr(run.model, name) != _default(run.model, name)):
             reasons[name] = f"{name}={getattr(run.model, name)} has no effect on a model without experts"

@@ -20,7 +20,7 @@ from gcompute.config.plain import from_plain
 from gcompute.config.train import OptimizerConfig, RunConfig
 from gcompute.measure.machine import rounding
 from gcompute.measure.profile import trace
-from gcompute.model.pretrained import CHECKPOINTS
+from gcompute.model.pretrained import CHECKPOINTS, Validated
 from gcompute.plan.mfu import model_flops
 from gcompute.train.checkpoint import Checkpoints
 from gcompute.train.corpus import TokenizedCorpus
@@ -138,6 +138,7 @@ def train(
     programs = build_programs(run)
     train_config, steps = run.train, run.train.steps
     final_eval = windows.final(train_config.final_eval_batches, steps=steps, eval_batches=train_config.eval_batches)
+    usual_eval = min(train_config.eval_batches or len(windows), len(windows))
     learning_rates = jax.device_get(jax.jit(jax.vmap(make_schedule(run.optimizer, steps)))(np.arange(steps)))
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(programs.abstract_state.params))
     flops = model_flops(architecture(run.model), train_config.batch, run.seq)
@@ -157,7 +158,9 @@ def train(
     first_step_s: float | None = None
     rates: list[float] = []
     with ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(out / CHECKPOINTS, keep=train_config.keep))
+        checkpoints = stack.enter_context(
+            Checkpoints(out / CHECKPOINTS, keep=train_config.keep, keep_best=train_config.keep_best)
+        )
         restored = (
             checkpoints.restore(programs.abstract_state, lambda text: report(Notice(text=text)), run=meta)
             if resume
@@ -252,8 +255,9 @@ def train(
             step_s = median(rates[-20:]) if rates else (now - started) / num
             report(_progress(step, steps, train_loss, step_s, run.tokens_per_step, flops, peak_flops_per_s))
             ended = step == steps
+            validated: Validated | None = None
             if ended or (train_config.eval_every and step % train_config.eval_every == 0):
-                most = final_eval if ended else min(train_config.eval_batches or len(windows), len(windows))
+                most = final_eval if ended else usual_eval
                 val_loss, val_batches = evaluate(programs, state.params, windows, most), most
                 if not math.isfinite(val_loss):
                     raise _diverged(f"the validation loss at step {step}", saved)
@@ -261,8 +265,13 @@ def train(
                     sample = {"batches": most, "of_batches": len(windows)}
                     log.write([{"kind": "eval", "step": step, "loss": val_loss, **sample}])
                 report(Evaluated(step=step, loss=val_loss, num_batches=most, of_batches=len(windows)))
-            if ended or (train_config.checkpoint_every and step % train_config.checkpoint_every == 0):
-                checkpoints.save(state, meta)
+                if train_config.keep_best:
+                    # The last evaluation may be over other batches, and only equals compare.
+                    loss = val_loss if most == usual_eval else evaluate(programs, state.params, windows, usual_eval)
+                    validated = Validated(step=step, loss=loss, batches=usual_eval)
+            due = ended or (train_config.checkpoint_every and step % train_config.checkpoint_every == 0)
+            if due or (validated and checkpoints.improves(validated)):
+                checkpoints.save(state, meta, validated)
                 saved = step
                 report(Saved(step=step))
         if profile and profiling is None:
