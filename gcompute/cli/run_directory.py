@@ -93,7 +93,7 @@ def make_directory(out: Path) -> None:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}. Choose another directory.") from None
 
 
-def check_outside(directory: Path, what: str, data: str) -> None:
+def check_outside(directory: Path, what: str, data: str, flag: str = "--data") -> None:
     """Refuse to write into the directory that the text is read from: what is written would be read as text next time.
 
     Raises:
@@ -105,7 +105,7 @@ def check_outside(directory: Path, what: str, data: str) -> None:
     inside, outside = directory.resolve(), root.resolve()
     if inside.is_relative_to(outside) and not any(part.startswith(".") for part in inside.relative_to(outside).parts):
         raise ValueError(
-            f"{what} {directory} lies in --data {data}, and would be read as text next time. Choose a place outside,"
+            f"{what} {directory} lies in {flag} {data}, and would be read as text next time. Choose a place outside,"
             " or one whose name begins with a dot."
         )
 

@@ -93,7 +93,9 @@ def corpus_directory(cache: Path, run: RunConfig) -> Path:
     """Where the tokens of this data and tokenizer are kept, so that runs share them."""
     data = run.data
     where = data.data if data.data == "stdlib" else str(Path(data.data).absolute())
-    parts = [where, data.tokenizer, data.val_fraction, data.text_mb]
+    parts: list[Any] = [where, data.tokenizer, data.val_fraction, data.text_mb]
+    if data.validation is not None:
+        parts.append(str(Path(data.validation).absolute()))
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return cache / CORPORA / key
 
@@ -223,10 +225,13 @@ def train_session(
         check_trace()
     check_path(out)
     make_directory(out)
-    for directory, what in ((out, "--out"), (cache, "the cache")):
-        check_outside(directory, what, run.data.data)
-    if is_pipe(run.data.data):
-        console.print(f"notice: {run.data.data} is a pipe: waiting for it, and reading it to its end", markup=False)
+    for flag, text in (("--data", run.data.data), ("--validation", run.data.validation)):
+        if text is None:
+            continue
+        for directory, what in ((out, "--out"), (cache, "the cache")):
+            check_outside(directory, what, text, flag)
+        if is_pipe(text):
+            console.print(f"notice: {text} is a pipe: waiting for it, and reading it to its end", markup=False)
     drawn = False
     with only_writer(out) if first else nullcontext():
         with one_process_first(), WorkProgress(console) as progress:

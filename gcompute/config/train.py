@@ -24,7 +24,7 @@ RESUMABLE = {"steps", "eval_every", "eval_batches", "checkpoint_every", "keep", 
 RESUMABLE |= {"final_eval_batches", "decay_steps", "keep_best"}
 RESUMABLE |= {"accumulation", "zero", "sequence_parallel", "context_attention", "pipeline_schedule", "pipeline_chunks"}
 # The tokens are compared with those that the run began with, so the text may have moved.
-RESUMABLE |= {"data"}
+RESUMABLE |= {"data", "validation"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +37,12 @@ class DataConfig:
         path=True,
     )
     tokenizer: str = option("bpe:4096", "byte, char, bpe:VOCAB (trained on the data), or a tokenizer.json", path=True)
+    validation: str | None = option(
+        None, "text to validate on, of the kinds that data takes (default: a part of data, by val_fraction)", path=True
+    )
     val_fraction: float = option(0.1, "share of the text kept for validation (of the files, or the end of one file)")
     text_mb: float | None = option(
-        None, "megabytes of text to read: whole files chosen evenly, or the start of one file (default: all)"
+        None, "megabytes of data's text to read: whole files chosen evenly, or the start of one file (default: all)"
     )
 
     def __post_init__(self) -> None:
