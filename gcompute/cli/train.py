@@ -20,6 +20,7 @@ from gcompute.cli.resume import RESUME, Asked, continued, new_run
 from gcompute.cli.run_directory import RUN, SECTIONS
 from gcompute.cli.signals import stop_signals
 from gcompute.config.model import ModelConfig
+from gcompute.config.sizes import is_open, over_devices
 from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from gcompute.config.unused import unused
 from gcompute.measure.cache import writable_cache
@@ -35,6 +36,7 @@ class TrainCommand(SectionedCommand):
         "gcompute train --config run.toml --learning-rate 3e-4 --out runs/second",
         "gcompute train --out runs/first --resume --steps 1000",
         "JAX_NUM_CPU_DEVICES=4 gcompute train --mesh data=2,fsdp=2 --steps 20 --out runs/mesh",
+        "JAX_NUM_CPU_DEVICES=4 gcompute train --mesh data=-1,tensor=2 --per-device-batch 8 --steps 20 --out runs/fill",
     )
 
 
@@ -75,10 +77,12 @@ def command(
     restart_fast(fast)
     quiet_backends()
     settings = read_toml(config_file, SECTIONS) if config_file else {}
-    asked = Asked(
-        sections={name: {**settings.get(name, {}), **given(kind, values)} for name, kind in SECTIONS.items()},
-        model_name=model_name,
-    )
+    sections = {name: {**settings.get(name, {}), **given(kind, values)} for name, kind in SECTIONS.items()}
+    if is_open(sections["train"]):
+        import jax
+
+        sections["train"] = over_devices(sections["train"], len(jax.devices()))
+    asked = Asked(sections=sections, model_name=model_name)
     begun = continued(asked, out, resume)
     if begun is None and inexact and resume != "yes":
         raise ValueError("--inexact goes with --resume: a new run has nothing to be equal to. Leave it away.")

@@ -98,13 +98,20 @@ class OptimizerConfig:
 class TrainConfig:
     """How long to train, in what pieces, and what to keep."""
 
-    batch: int = option(32, "sequences a step, over all devices")
+    batch: int = option(32, "sequences per step, over all devices")
+    per_device_batch: int | None = option(
+        None,
+        "instead of batch: sequences per microbatch of each batch shard; batch is that times data x fsdp x expert of"
+        " the mesh, times accumulation where that is given (default: batch says it)",
+    )
     seq: int | None = option(None, "tokens a sequence (default: the model's context)")
     steps: int = option(1000, "optimizer steps")
     accumulation: int | None = option(
         None, "microbatches a step (default: as many as keep one near the cache on CPU, 1 elsewhere)"
     )
-    mesh: MeshShape | None = option(None, "mesh axes and sizes, as in data=2,fsdp=4 (default: all devices on data)")
+    mesh: MeshShape | None = option(
+        None, "mesh axes and sizes, as in data=2,fsdp=4; one may be -1, the rest (default: all devices on data)"
+    )
     zero: int = option(
         0, "what the data axis splits besides the batch: 1 optimizer state, 2 gradients too (the fsdp axis is ZeRO-3)"
     )
@@ -168,6 +175,11 @@ class TrainConfig:
             ),
             at_least_zero=("seed", "eval_every", "checkpoint_every", "zero", "final_eval_batches"),
         )
+        if self.per_device_batch is not None:
+            raise ValueError(
+                f"per_device_batch={self.per_device_batch} means nothing before the devices are known: see"
+                " gcompute.config.sizes.over_devices, or give batch."
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout:g}.")
         if self.zero > MOST_ZERO:
