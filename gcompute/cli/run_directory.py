@@ -1,6 +1,6 @@
 """The directory of one run: made, kept to one writer, and read back.
 
-It holds run.json, tokenizer.json, metrics.jsonl, loss.png, checkpoints/ and a lock.
+It holds run.json, tokenizer.json, metrics.jsonl, loss.png, checkpoints/, a lock and, where asked for, tensorboard/.
 """
 
 import errno

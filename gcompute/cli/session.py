@@ -44,6 +44,7 @@ from gcompute.train.metrics_log import read_metrics
 from gcompute.train.programs import resolve_mesh
 from gcompute.train.resolve import default_mesh, resolve_accumulation, resolve_query_blocks
 from gcompute.train.source import is_pipe
+from gcompute.train.tensorboard import summary_writer
 
 CURVE = "loss.png"
 
@@ -223,6 +224,8 @@ def train_session(
     first = jax.process_index() == 0
     if profile:
         check_trace()
+    if run.train.tensorboard:
+        summary_writer()
     check_path(out)
     make_directory(out)
     for flag, text in (("--data", run.data.data), ("--validation", run.data.validation)):

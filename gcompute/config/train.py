@@ -21,7 +21,7 @@ MOST_TOKENS_PER_STEP = 2**31 - 1
 # exceptions that are asked for: `decay_steps` move the end of the schedule, another `mesh` adds in another order, as do
 # the settings that say how a mesh is used.
 RESUMABLE = {"steps", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps", "mesh"}
-RESUMABLE |= {"final_eval_batches", "decay_steps", "keep_best"}
+RESUMABLE |= {"final_eval_batches", "decay_steps", "keep_best", "tensorboard"}
 RESUMABLE |= {"accumulation", "zero", "sequence_parallel", "context_attention", "pipeline_schedule", "pipeline_chunks"}
 # The tokens are compared with those that the run began with, so the text may have moved.
 RESUMABLE |= {"data", "validation"}
@@ -155,6 +155,7 @@ class TrainConfig:
     log_every: int = option(
         10, "steps between lines of the metrics file's summary on a terminal that is not interactive"
     )
+    tensorboard: bool = option(False, "write the scalars of metrics.jsonl to OUT/tensorboard too (extra tensorboard)")
     dispatch_steps: int | None = option(None, "most steps one dispatch runs (default: as many as take half a second)")
 
     def __post_init__(self) -> None:

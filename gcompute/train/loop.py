@@ -30,6 +30,7 @@ from gcompute.train.identity import tokens_fingerprint
 from gcompute.train.metrics_log import MetricsLog
 from gcompute.train.optimizer import make_schedule
 from gcompute.train.programs import Programs, build_programs, place
+from gcompute.train.tensorboard import TENSORBOARD, TensorboardLog, summary_writer
 
 METRICS = "metrics.jsonl"
 PROFILE = "profile"
@@ -134,6 +135,8 @@ def train(
       MemoryError: the run does not fit.
     """
     entered = time.perf_counter()
+    if run.train.tensorboard:
+        summary_writer()
     source, windows = open_data(run, corpus)
     programs = build_programs(run)
     train_config, steps = run.train, run.train.steps
@@ -180,6 +183,16 @@ def train(
         if step > steps:
             raise ValueError(f"{out} is at step {step}, past --steps {steps}. Give at least {step}.")
         log = stack.enter_context(MetricsLog(out / METRICS, last_step=step)) if first else None
+        logs: list[MetricsLog | TensorboardLog] = [log] if log else []
+        if first and train_config.tensorboard:
+            board = TensorboardLog(
+                out / TENSORBOARD,
+                last_step=step,
+                tokens_per_step=run.tokens_per_step,
+                flops_per_step=flops,
+                peak_flops_per_s=peak_flops_per_s,
+            )
+            logs.append(stack.enter_context(board))
         if log and step == steps:
             train_loss, val_loss = (log.last[kind]["loss"] if kind in log.last else None for kind in ("train", "eval"))
             val_batches = log.last.get("eval", {}).get("batches")
@@ -229,25 +242,24 @@ def train(
             norms = [float(norm) for norm in metrics.gradient_norm[:num]]
             finite = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms, strict=True)]
             num_good = num if all(finite) else finite.index(False)
-            if log:
-                log.write(
-                    [
-                        {
-                            "kind": "train",
-                            "step": step + i + 1,
-                            "loss": losses[i],
-                            "gradient_norm": norms[i],
-                            "learning_rate": float(learning_rates[step + i]),
-                            "step_s": (now - started) / num,
-                            **{
-                                name: float(values[i])
-                                for name, values in (("balance", metrics.balance), ("dropped", metrics.dropped))
-                                if values is not None
-                            },
-                        }
-                        for i in range(num_good)
-                    ]
-                )
+            rows = [
+                {
+                    "kind": "train",
+                    "step": step + i + 1,
+                    "loss": losses[i],
+                    "gradient_norm": norms[i],
+                    "learning_rate": float(learning_rates[step + i]),
+                    "step_s": (now - started) / num,
+                    **{
+                        name: float(values[i])
+                        for name, values in (("balance", metrics.balance), ("dropped", metrics.dropped))
+                        if values is not None
+                    },
+                }
+                for i in range(num_good)
+            ]
+            for one in logs:
+                one.write(rows)
             if num_good < num:
                 raise _diverged(f"the loss or its gradient at step {step + num_good + 1}", saved)
             step += num
@@ -261,9 +273,9 @@ def train(
                 val_loss, val_batches = evaluate(programs, state.params, windows, most), most
                 if not math.isfinite(val_loss):
                     raise _diverged(f"the validation loss at step {step}", saved)
-                if log:
-                    sample = {"batches": most, "of_batches": len(windows)}
-                    log.write([{"kind": "eval", "step": step, "loss": val_loss, **sample}])
+                evaluated = {"kind": "eval", "step": step, "loss": val_loss}
+                for one in logs:
+                    one.write([{**evaluated, "batches": most, "of_batches": len(windows)}])
                 report(Evaluated(step=step, loss=val_loss, num_batches=most, of_batches=len(windows)))
                 if train_config.keep_best:
                     # The last evaluation may be over other batches, and only equals compare.

@@ -387,3 +387,12 @@ def test_a_model_whose_state_exceeds_the_memory(gcompute: Command, words: Path, 
     assert "parameters, gradients and optimizer need 1," in error
     assert "GiB" in error
     assert not any((tmp_path / "out" / "checkpoints").glob("*"))
+
+
+def test_tensorboard_without_its_package(
+    gcompute: Command, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    ended = gcompute(*TINY, "--data", words, "--out", tmp_path / "out", "--tensorboard")
+    assert "pip install 'gcompute[tensorboard]'" in ended.error
+    assert not (tmp_path / "out").exists()
