@@ -28,7 +28,7 @@ NEEDS = f"TPUs: {INSTALL['tpu']}; GPUs: {INSTALL['gpu']}"
 # These change how long a run goes on and what it keeps, not its step.
 NOT_OF_A_STEP = {
     *("steps", "seed", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep", "keep_best"),
-    *("log_every", "dispatch_steps", "tensorboard"),
+    *("log_every", "dispatch_steps", "tensorboard", "sample_every", "sample_prompt"),
 }
 OTHER_OPTIMIZER_FIELDS = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"optimizer"}
 LAST_LINES = 20

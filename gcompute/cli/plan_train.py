@@ -31,7 +31,7 @@ BY = ("time", "cost")
 # These change how long a run goes on and what it keeps, or hang on the machine that runs it: not the step.
 NOT_PLANNED = {
     *("steps", "seed", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep", "keep_best"),
-    *("log_every", "dispatch_steps", "tensorboard"),
+    *("log_every", "dispatch_steps", "tensorboard", "sample_every", "sample_prompt"),
     *("unroll", "batch", "per_device_batch", "seq", "mesh", "remat", "accumulation", "dropout"),
 }
 USUAL_SEQ = 8192

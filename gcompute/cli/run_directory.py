@@ -1,6 +1,7 @@
 """The directory of one run: made, kept to one writer, and read back.
 
-It holds run.json, tokenizer.json, metrics.jsonl, loss.png, checkpoints/, a lock and, where asked for, tensorboard/.
+It holds run.json, tokenizer.json, metrics.jsonl, loss.png, checkpoints/, a lock and, where asked for,
+samples.jsonl and tensorboard/.
 """
 
 import errno
@@ -24,7 +25,7 @@ RUN = "run.json"
 LOCK = ".lock"
 MOST_DIGITS = 20
 # What `make_directory`, `write_whole` and `Tokenizer.save` leave where their process is killed.
-WRITTEN = r"run\.json|metrics\.jsonl|loss\.png|session\.json|serving\.json|report\.html"
+WRITTEN = r"run\.json|(?:metrics|samples)\.jsonl|loss\.png|session\.json|serving\.json|report\.html"
 LEFT = re.compile(rf"\.write-\d+|(?:{WRITTEN})\.\d+\.tmp|\.tokenizer\.json\.[0-9a-f]{{32}}\.tmp")
 CHOSEN = "chosen"
 SECTIONS: dict[str, type] = {

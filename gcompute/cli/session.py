@@ -43,6 +43,7 @@ from gcompute.train.loop import METRICS, TrainResult, open_data, train
 from gcompute.train.metrics_log import read_metrics
 from gcompute.train.programs import resolve_mesh
 from gcompute.train.resolve import default_mesh, resolve_accumulation, resolve_query_blocks
+from gcompute.train.sampling import sample_prompt
 from gcompute.train.source import is_pipe
 from gcompute.train.tensorboard import summary_writer
 
@@ -252,6 +253,7 @@ def train_session(
             run = with_open_microbatches(run)
         resolve_mesh(run)
         open_data(run, corpus)
+        sample_prompt(run, corpus)
         with one_process_first():
             roofline = roofline or measured_roofline(cache, console)
         run, reasons = settle(run, shape, jax.default_backend(), roofline.matmul_flops_per_s)

@@ -33,6 +33,7 @@ class TrainCommand(SectionedCommand):
         "gcompute train --layers 4 --heads 4 --dim 128 --context 64 --data notes/ --tokenizer byte --out runs/notes",
         "gcompute train --model nano-small --data in.txt --tokenizer char --dropout 0.2 --keep-best --out runs/best",
         "gcompute train --data books/ --validation held_out.txt --tensorboard --out runs/books",
+        'gcompute train --data books/ --sample-every 100 --sample-prompt "The " --out runs/books',
         "gcompute train --config run.toml --learning-rate 3e-4 --out runs/second",
         "gcompute train --out runs/first --resume --steps 1000",
         "JAX_NUM_CPU_DEVICES=4 gcompute train --mesh data=2,fsdp=2 --steps 20 --out runs/mesh",

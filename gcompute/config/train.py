@@ -22,6 +22,7 @@ MOST_TOKENS_PER_STEP = 2**31 - 1
 # the settings that say how a mesh is used.
 RESUMABLE = {"steps", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps", "mesh"}
 RESUMABLE |= {"final_eval_batches", "decay_steps", "keep_best", "tensorboard"}
+RESUMABLE |= {"sample_every", "sample_prompt"}
 RESUMABLE |= {"accumulation", "zero", "sequence_parallel", "context_attention", "pipeline_schedule", "pipeline_chunks"}
 # The tokens are compared with those that the run began with, so the text may have moved.
 RESUMABLE |= {"data", "validation"}
@@ -155,6 +156,10 @@ class TrainConfig:
     log_every: int = option(
         10, "steps between lines of the metrics file's summary on a terminal that is not interactive"
     )
+    sample_every: int = option(0, "steps between texts of the model, printed and kept in OUT/samples.jsonl; 0: none")
+    sample_prompt: str | None = option(
+        None, "what those texts continue (default: the first words of the validation text)"
+    )
     tensorboard: bool = option(False, "write the scalars of metrics.jsonl to OUT/tensorboard too (extra tensorboard)")
     dispatch_steps: int | None = option(None, "most steps one dispatch runs (default: as many as take half a second)")
 
@@ -174,7 +179,7 @@ class TrainConfig:
                 "dispatch_steps",
                 "pipeline_chunks",
             ),
-            at_least_zero=("seed", "eval_every", "checkpoint_every", "zero", "final_eval_batches"),
+            at_least_zero=("seed", "eval_every", "checkpoint_every", "zero", "final_eval_batches", "sample_every"),
         )
         if self.per_device_batch is not None:
             raise ValueError(

@@ -60,6 +60,8 @@ def unused(run: RunConfig, names: Collection[str], mesh: MeshShape | None) -> di
         )
     if train.keep_best and not train.eval_every:
         reasons["keep_best"] = "keep_best has no effect with eval_every=0, which evaluates at the end alone"
+    if train.sample_prompt is not None and not train.sample_every:
+        reasons["sample_prompt"] = "sample_prompt has no effect with sample_every=0, which takes no samples"
     if run.model.experts is None:
         for name in (name for name in EXPERT_FIELDS if getattr(run.model, name) != _default(run.model, name)):
             reasons[name] = f"{name}={getattr(run.model, name)} has no effect on a model without experts"

@@ -25,11 +25,12 @@ from gcompute.plan.mfu import model_flops
 from gcompute.train.checkpoint import Checkpoints
 from gcompute.train.corpus import TokenizedCorpus
 from gcompute.train.data import BatchSource, Prefetcher, ValidationWindows
-from gcompute.train.events import Evaluated, Notice, Report, Saved, Started, Stepped
+from gcompute.train.events import Evaluated, Notice, Report, Sampled, Saved, Started, Stepped
 from gcompute.train.identity import tokens_fingerprint
 from gcompute.train.metrics_log import MetricsLog
 from gcompute.train.optimizer import make_schedule
 from gcompute.train.programs import Programs, build_programs, place
+from gcompute.train.sampling import SAMPLES, make_sampler, sample_prompt
 from gcompute.train.tensorboard import TENSORBOARD, TensorboardLog, summary_writer
 
 METRICS = "metrics.jsonl"
@@ -138,6 +139,7 @@ def train(
     if run.train.tensorboard:
         summary_writer()
     source, windows = open_data(run, corpus)
+    prompt = sample_prompt(run, corpus)
     programs = build_programs(run)
     train_config, steps = run.train, run.train.steps
     final_eval = windows.final(train_config.final_eval_batches, steps=steps, eval_batches=train_config.eval_batches)
@@ -193,6 +195,8 @@ def train(
                 peak_flops_per_s=peak_flops_per_s,
             )
             logs.append(stack.enter_context(board))
+        samples = stack.enter_context(MetricsLog(out / SAMPLES, last_step=step)) if prompt else None
+        sampler = make_sampler(run, corpus.tokenizer, prompt, programs.execution) if prompt else None
         if log and step == steps:
             train_loss, val_loss = (log.last[kind]["loss"] if kind in log.last else None for kind in ("train", "eval"))
             val_batches = log.last.get("eval", {}).get("batches")
@@ -281,6 +285,10 @@ def train(
                     # The last evaluation may be over other batches, and only equals compare.
                     loss = val_loss if most == usual_eval else evaluate(programs, state.params, windows, usual_eval)
                     validated = Validated(step=step, loss=loss, batches=usual_eval)
+            if prompt and sampler and samples and (ended or step % train_config.sample_every == 0):
+                text = sampler(state.params, step)
+                samples.write([{"kind": "sample", "step": step, "prompt": prompt.text, "text": text}])
+                report(Sampled(step=step, prompt=prompt.text, text=text))
             due = ended or (train_config.checkpoint_every and step % train_config.checkpoint_every == 0)
             if due or (validated and checkpoints.improves(validated)):
                 checkpoints.save(state, meta, validated)
@@ -365,12 +373,12 @@ def _progress(
 
 
 def _dispatch_size(programs: Programs, config: Any, step: int, rates: list[float], *, adapt: bool) -> int:
-    """Steps in the next dispatch: about half a second of them, never past an evaluation, a checkpoint or the end."""
+    """Steps in the next dispatch: about half a second of them, never past where something else is due."""
     if not adapt or config.dispatch_steps:
         wanted = programs.dispatch_steps
     else:
         wanted = int(DISPATCH_S / median(rates[-20:])) if rates else 1
-    borders = [every for every in (config.eval_every, config.checkpoint_every) if every]
+    borders = [every for every in (config.eval_every, config.checkpoint_every, config.sample_every) if every]
     room = min([config.steps - step, *(every - step % every for every in borders)])
     return max(1, min(wanted, room, programs.dispatch_steps))
 
