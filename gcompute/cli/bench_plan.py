@@ -100,7 +100,7 @@ def make_planner(config: PlanConfig, served: ServedCheckpoint | None, chip_file:
         price = known_price(target.known, given=config.usd_per_hour)
     elif config.usd_per_hour is not None:
         price = Price(usd_per_chip_hour=config.usd_per_hour, what="given")
-    mesh = MeshShape.parse(config.mesh) if config.mesh is not None else None
+    mesh = MeshShape.parse(config.mesh, target and target.num_devices) if config.mesh is not None else None
     if mesh is not None and (target is None or mesh.num_devices != target.num_devices):
         raise ValueError(f"--mesh {mesh} is of {mesh.num_devices} devices: give --on a target of as many.")
     lacks = [flag for flag, value in (("--model", model), ("--on", target)) if value is None]

@@ -14,10 +14,11 @@ from gcompute.aot.target import INSTALL, check_installed, compile_target
 from gcompute.cli.flags import MODEL, PATH, ExampleGroup, MeshType, SectionedCommand, config_options, given, read_toml
 from gcompute.cli.run_directory import SECTIONS
 from gcompute.cli.worker import start_worker
-from gcompute.config.mesh import MeshShape
+from gcompute.config.mesh import MeshShape, OpenMesh, mesh_over
 from gcompute.config.model import ModelConfig
 from gcompute.config.presets import model_config
 from gcompute.config.serve import ServeConfig
+from gcompute.config.sizes import over_devices
 from gcompute.config.train import PRECISIONS, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from gcompute.config.unused import check_used
 from gcompute.hardware.target import Target
@@ -26,8 +27,8 @@ DOES_NOT_FIT = 1
 NEEDS = f"TPUs: {INSTALL['tpu']}; GPUs: {INSTALL['gpu']}"
 # These change how long a run goes on and what it keeps, not its step.
 NOT_OF_A_STEP = {
-    *("steps", "seed", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep"),
-    *("log_every", "dispatch_steps"),
+    *("steps", "seed", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep", "keep_best"),
+    *("log_every", "dispatch_steps", "tensorboard", "sample_every", "sample_prompt"),
 }
 OTHER_OPTIMIZER_FIELDS = {field.name for field in dataclasses.fields(OptimizerConfig)} - {"optimizer"}
 LAST_LINES = 20
@@ -132,7 +133,7 @@ def serve(
     *,
     model: str,
     target_text: str,
-    mesh: MeshShape | None,
+    mesh: MeshShape | OpenMesh | None,
     attention: str | None,
     program: str | None,
     context: int | None,
@@ -192,7 +193,8 @@ def _check_file(hlo: Path | None) -> None:
         raise ValueError(f"--hlo {hlo}: there is no directory {hlo.absolute().parent}.")
 
 
-def _checked_mesh(mesh: MeshShape, target: Target, example: str) -> MeshShape:
+def _checked_mesh(mesh: MeshShape | OpenMesh, target: Target, example: str) -> MeshShape:
+    mesh = mesh_over(mesh, target.num_devices)
     if mesh.num_devices != target.num_devices:
         raise ValueError(
             f"mesh {mesh} is of {mesh.num_devices} devices and {target} has {target.num_devices}. Give axes whose"
@@ -202,9 +204,9 @@ def _checked_mesh(mesh: MeshShape, target: Target, example: str) -> MeshShape:
 
 
 def _run_config(model: str, target: Target, settings: dict[str, dict[str, Any]], values: dict[str, Any]) -> RunConfig:
-    mesh = values["mesh"] or settings.get("train", {}).get("mesh") or MeshShape(data=target.num_devices)
-    train_values = {**settings.get("train", {}), **given(TrainConfig, values)}
-    train_values["mesh"] = _checked_mesh(mesh, target, "fsdp")
+    asked = {"mesh": MeshShape(data=target.num_devices), **settings.get("train", {}), **given(TrainConfig, values)}
+    train_values = over_devices(asked, target.num_devices)
+    train_values["mesh"] = _checked_mesh(train_values["mesh"], target, "fsdp")
     model_values = {**settings.get("model", {}), **given(ModelConfig, values)}
     run = RunConfig(
         model=dataclasses.replace(model_config(model), **model_values),

@@ -25,7 +25,9 @@ class ExplainCommand(SectionedCommand):
 
 @click.command(cls=ExplainCommand)
 @click.argument("model", type=MODEL)
-@click.option("--mesh", type=MeshType(), default="", help="Mesh axes and sizes, as in fsdp=4,tensor=2.  [one device]")
+@click.option(
+    "--mesh", type=MeshType(devices=False), default="", help="Mesh axes and sizes, as in fsdp=4,tensor=2.  [one device]"
+)
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="The state of this optimizer too.")
 @click.option("--zero", type=click.IntRange(0, MOST_ZERO), default=0, help="As `gcompute train --zero`.  [0]")
 @click.option("--tensor", "wanted", default="", help="Only tensors with this in their name.")

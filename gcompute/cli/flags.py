@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from gcompute.config.fields import nearest
-from gcompute.config.mesh import MeshShape
+from gcompute.config.mesh import MeshShape, OpenMesh, parse_mesh
 from gcompute.config.plain import from_plain, value_type
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -19,15 +19,18 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class MeshType(click.ParamType):
-    """A mesh such as data=2,fsdp=4."""
+    """A mesh such as data=2,fsdp=4; devices: some will be known, so that one axis may be -1 until then."""
 
     name = "mesh"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> MeshShape:
-        if isinstance(value, MeshShape):
+    def __init__(self, *, devices: bool = True):
+        self.devices = devices
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> MeshShape | OpenMesh:
+        if isinstance(value, MeshShape | OpenMesh):
             return value
         try:
-            return MeshShape.parse(value)
+            return parse_mesh(value) if self.devices else MeshShape.parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 

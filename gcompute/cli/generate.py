@@ -20,6 +20,7 @@ class GenerateCommand(SectionedCommand):
         'gcompute generate runs/first "def main("',
         'gcompute generate runs/first "import " --max-tokens 80 --temperature 0.7 --seed 1',
         'gcompute generate runs/first "class " --num 4 --json',
+        'gcompute generate runs/first/checkpoints/best "def "',
     )
 
 
@@ -39,7 +40,8 @@ class GenerateCommand(SectionedCommand):
 def command(
     checkpoint: Path, prompt: str, num: int, seed: int, precision: str, as_json: bool, fast: bool, **sampling: Any
 ) -> None:
-    """Continue PROMPT with the model in CHECKPOINT, the --out directory of `gcompute train`."""
+    """Continue PROMPT with the model in CHECKPOINT, the --out directory of `gcompute train`, or OUT/checkpoints/STEP,
+    where best stands for the step that --keep-best kept."""
     restart_fast(fast)
     quiet_backends()
     if num < 1:

@@ -119,7 +119,7 @@ def command(
         output=output,
         concurrency=concurrency or 1,
         context=context,
-        mesh=MeshShape.parse(mesh) if mesh is not None else MeshShape(),
+        mesh=MeshShape.parse(mesh, target.num_devices) if mesh is not None else MeshShape(),
         weights=weights,
         cache=kv,
     )

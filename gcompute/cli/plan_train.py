@@ -30,9 +30,9 @@ DOES_NOT_FIT = 1
 BY = ("time", "cost")
 # These change how long a run goes on and what it keeps, or hang on the machine that runs it: not the step.
 NOT_PLANNED = {
-    *("steps", "seed", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep"),
-    *("log_every", "dispatch_steps"),
-    *("unroll", "batch", "seq", "mesh", "remat", "accumulation"),
+    *("steps", "seed", "eval_every", "eval_batches", "final_eval_batches", "checkpoint_every", "keep", "keep_best"),
+    *("log_every", "dispatch_steps", "tensorboard", "sample_every", "sample_prompt"),
+    *("unroll", "batch", "per_device_batch", "seq", "mesh", "remat", "accumulation", "dropout"),
 }
 USUAL_SEQ = 8192
 # Of Adam and its kin; a model that the trainer has not is planned for with these.
@@ -55,7 +55,7 @@ class PlanTrainCommand(SectionedCommand):
 @click.option(
     "--on", "target_text", required=True, help="v5p:8x8x16, 2*v6e:4x4, h100:64, this (measured); several, with commas."
 )
-@click.option("--mesh", help="Axes and sizes, as in fsdp=256,tensor=4.  [the best one found]")
+@click.option("--mesh", help="Axes and sizes, as in fsdp=256,tensor=4, or fsdp=-1,tensor=4.  [the best one found]")
 @click.option("--search", "searching", is_flag=True, help="Rank every legal mesh, remat, microbatch and batch.")
 @click.option("--batch", type=click.IntRange(1), help="Sequences a step.  [searched; with --mesh one a share]")
 @click.option("--seq", type=click.IntRange(1), help=f"Tokens a sequence.  [the model's context, at most {USUAL_SEQ}]")
@@ -136,7 +136,7 @@ def command(
         ranked.sort(key=lambda one: one.rank(by))
         question = ranked[0].candidate.question
     else:
-        given_mesh = MeshShape.parse(mesh)
+        given_mesh = MeshShape.parse(mesh, targets[0].num_devices)
         check_devices(given_mesh, targets[0])
         question = _chosen(planned, targets[0], {**values, "seq": seq, "mesh": given_mesh})
     target = question.target

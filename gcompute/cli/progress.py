@@ -6,7 +6,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from gcompute.train.events import Evaluated, Event, Notice, Saved, Started, Stepped
+from gcompute.train.events import Evaluated, Event, Notice, Sampled, Saved, Started, Stepped
 
 
 def duration(seconds: float) -> str:
@@ -117,6 +117,10 @@ class TrainProgress(Shown):
                 else:
                     sample = f"{event.num_batches:,} of {event.of_batches:,} batches, spread over the split"
                 self.console.print(f"step {event.step:>6}  validation loss {event.loss:.4f} over {sample}")
+            case Sampled():
+                # Quoted, a text is one line, and no control character in it reaches the terminal.
+                said = f"step {event.step:>6}  sample {event.prompt!r} -> {event.text!r}"
+                self.console.print(said, markup=False, highlight=False, soft_wrap=True)
             case Notice():
                 self.console.print(f"notice: {event.text}", soft_wrap=True)
             case Saved():

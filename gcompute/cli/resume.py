@@ -148,8 +148,9 @@ def _given_anew(asked: Asked, run: RunConfig) -> RunConfig:
         parts[section] = replace(current, **changes)
     if "decay_steps" not in changed and "steps" in changed:
         parts["optimizer"] = run.lasting(parts["train"].steps).optimizer
-    if "data" not in asked.sections["data"]:
-        _check_there(run.data)
+    for name in ("data", "validation"):
+        if name not in asked.sections["data"]:
+            _check_there(name, getattr(run.data, name))
     after = RunConfig(**parts)
     check_used(after, changed)
     return after
@@ -180,21 +181,23 @@ def _of_schedule(before: RunConfig, after: RunConfig) -> list[str]:
 
 def _found_from_anywhere(data: DataConfig) -> DataConfig:
     """The text and a tokenizer's file by absolute paths, so that the run continues from any working directory."""
-    text, tokenizer = Path(data.data), Path(data.tokenizer)
-    if data.data != STDLIB and text.exists():
-        data = replace(data, data=str(text.absolute()))
+    tokenizer = Path(data.tokenizer)
+    for name in ("data", "validation"):
+        text = getattr(data, name)
+        if text not in (None, STDLIB) and Path(text).exists():
+            data = replace(data, **{name: str(Path(text).absolute())})
     return replace(data, tokenizer=str(tokenizer.absolute())) if tokenizer.is_file() and tokenizer.suffix else data
 
 
-def _check_there(data: DataConfig) -> None:
-    """Refuse to resume where the text of the run is gone.
+def _check_there(name: str, text: str | None) -> None:
+    """Refuse to resume where a text of the run is gone.
 
     Raises:
       ValueError: nothing is at its path.
     """
-    if data.data != STDLIB and not Path(data.data).exists():
-        where = "" if Path(data.data).is_absolute() else f" (as seen from {Path.cwd()})"
+    if text not in (None, STDLIB) and not Path(text).exists():
+        where = "" if Path(text).is_absolute() else f" (as seen from {Path.cwd()})"
         raise ValueError(
-            f"the run's data {data.data} is not there{where}. Say where the text is now with --data PATH; its tokens"
+            f"the run's {name} {text} is not there{where}. Say where the text is now with --{name} PATH; its tokens"
             " are compared with those that the run began with."
         )

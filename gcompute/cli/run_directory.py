@@ -1,6 +1,7 @@
 """The directory of one run: made, kept to one writer, and read back.
 
-It holds run.json, tokenizer.json, metrics.jsonl, loss.png, checkpoints/ and a lock.
+It holds run.json, tokenizer.json, metrics.jsonl, loss.png, checkpoints/, a lock and, where asked for,
+samples.jsonl and tensorboard/.
 """
 
 import errno
@@ -24,7 +25,7 @@ RUN = "run.json"
 LOCK = ".lock"
 MOST_DIGITS = 20
 # What `make_directory`, `write_whole` and `Tokenizer.save` leave where their process is killed.
-WRITTEN = r"run\.json|metrics\.jsonl|loss\.png|session\.json|serving\.json|report\.html"
+WRITTEN = r"run\.json|(?:metrics|samples)\.jsonl|loss\.png|session\.json|serving\.json|report\.html"
 LEFT = re.compile(rf"\.write-\d+|(?:{WRITTEN})\.\d+\.tmp|\.tokenizer\.json\.[0-9a-f]{{32}}\.tmp")
 CHOSEN = "chosen"
 SECTIONS: dict[str, type] = {
@@ -93,7 +94,7 @@ def make_directory(out: Path) -> None:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}. Choose another directory.") from None
 
 
-def check_outside(directory: Path, what: str, data: str) -> None:
+def check_outside(directory: Path, what: str, data: str, flag: str = "--data") -> None:
     """Refuse to write into the directory that the text is read from: what is written would be read as text next time.
 
     Raises:
@@ -105,7 +106,7 @@ def check_outside(directory: Path, what: str, data: str) -> None:
     inside, outside = directory.resolve(), root.resolve()
     if inside.is_relative_to(outside) and not any(part.startswith(".") for part in inside.relative_to(outside).parts):
         raise ValueError(
-            f"{what} {directory} lies in --data {data}, and would be read as text next time. Choose a place outside,"
+            f"{what} {directory} lies in {flag} {data}, and would be read as text next time. Choose a place outside,"
             " or one whose name begins with a dot."
         )
 

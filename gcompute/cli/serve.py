@@ -9,6 +9,7 @@ from gcompute.cli.api_key import FILE_HELP, VARIABLE, chosen_key
 from gcompute.cli.environment import quiet_backends, restart_fast, use_compilation_cache
 from gcompute.cli.flags import FILE, PATH, SectionedCommand, config_options, given
 from gcompute.cli.signals import stop_signals
+from gcompute.config.mesh import OpenMesh, mesh_over
 from gcompute.config.serve import ServeConfig
 
 
@@ -53,7 +54,12 @@ def command(
     key = chosen_key(api_key, api_key_file)
     restart_fast(fast)
     quiet_backends()
-    asked = ServeConfig(**given(ServeConfig, values))
+    settings = given(ServeConfig, values)
+    if isinstance(settings.get("mesh"), OpenMesh):
+        import jax
+
+        settings["mesh"] = mesh_over(settings["mesh"], len(jax.devices()))
+    asked = ServeConfig(**settings)
     use_compilation_cache()
     import jax
 

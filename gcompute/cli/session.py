@@ -43,7 +43,9 @@ from gcompute.train.loop import METRICS, TrainResult, open_data, train
 from gcompute.train.metrics_log import read_metrics
 from gcompute.train.programs import resolve_mesh
 from gcompute.train.resolve import default_mesh, resolve_accumulation, resolve_query_blocks
+from gcompute.train.sampling import sample_prompt
 from gcompute.train.source import is_pipe
+from gcompute.train.tensorboard import summary_writer
 
 CURVE = "loss.png"
 
@@ -93,7 +95,9 @@ def corpus_directory(cache: Path, run: RunConfig) -> Path:
     """Where the tokens of this data and tokenizer are kept, so that runs share them."""
     data = run.data
     where = data.data if data.data == "stdlib" else str(Path(data.data).absolute())
-    parts = [where, data.tokenizer, data.val_fraction, data.text_mb]
+    parts: list[Any] = [where, data.tokenizer, data.val_fraction, data.text_mb]
+    if data.validation is not None:
+        parts.append(str(Path(data.validation).absolute()))
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return cache / CORPORA / key
 
@@ -221,12 +225,17 @@ def train_session(
     first = jax.process_index() == 0
     if profile:
         check_trace()
+    if run.train.tensorboard:
+        summary_writer()
     check_path(out)
     make_directory(out)
-    for directory, what in ((out, "--out"), (cache, "the cache")):
-        check_outside(directory, what, run.data.data)
-    if is_pipe(run.data.data):
-        console.print(f"notice: {run.data.data} is a pipe: waiting for it, and reading it to its end", markup=False)
+    for flag, text in (("--data", run.data.data), ("--validation", run.data.validation)):
+        if text is None:
+            continue
+        for directory, what in ((out, "--out"), (cache, "the cache")):
+            check_outside(directory, what, text, flag)
+        if is_pipe(text):
+            console.print(f"notice: {text} is a pipe: waiting for it, and reading it to its end", markup=False)
     drawn = False
     with only_writer(out) if first else nullcontext():
         with one_process_first(), WorkProgress(console) as progress:
@@ -244,6 +253,7 @@ def train_session(
             run = with_open_microbatches(run)
         resolve_mesh(run)
         open_data(run, corpus)
+        sample_prompt(run, corpus)
         with one_process_first():
             roofline = roofline or measured_roofline(cache, console)
         run, reasons = settle(run, shape, jax.default_backend(), roofline.matmul_flops_per_s)

@@ -20,6 +20,7 @@ from gcompute.cli.resume import RESUME, Asked, continued, new_run
 from gcompute.cli.run_directory import RUN, SECTIONS
 from gcompute.cli.signals import stop_signals
 from gcompute.config.model import ModelConfig
+from gcompute.config.sizes import is_open, over_devices
 from gcompute.config.train import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from gcompute.config.unused import unused
 from gcompute.measure.cache import writable_cache
@@ -30,9 +31,13 @@ class TrainCommand(SectionedCommand):
         "gcompute train --model demo --data stdlib --steps 500 --out runs/first",
         "gcompute train --model nano-small --data input.txt --tokenizer char --batch 12 --steps 2000 --out runs/char",
         "gcompute train --layers 4 --heads 4 --dim 128 --context 64 --data notes/ --tokenizer byte --out runs/notes",
+        "gcompute train --model nano-small --data in.txt --tokenizer char --dropout 0.2 --keep-best --out runs/best",
+        "gcompute train --data books/ --validation held_out.txt --tensorboard --out runs/books",
+        'gcompute train --data books/ --sample-every 100 --sample-prompt "The " --out runs/books',
         "gcompute train --config run.toml --learning-rate 3e-4 --out runs/second",
         "gcompute train --out runs/first --resume --steps 1000",
         "JAX_NUM_CPU_DEVICES=4 gcompute train --mesh data=2,fsdp=2 --steps 20 --out runs/mesh",
+        "JAX_NUM_CPU_DEVICES=4 gcompute train --mesh data=-1,tensor=2 --per-device-batch 8 --steps 20 --out runs/fill",
     )
 
 
@@ -73,10 +78,12 @@ def command(
     restart_fast(fast)
     quiet_backends()
     settings = read_toml(config_file, SECTIONS) if config_file else {}
-    asked = Asked(
-        sections={name: {**settings.get(name, {}), **given(kind, values)} for name, kind in SECTIONS.items()},
-        model_name=model_name,
-    )
+    sections = {name: {**settings.get(name, {}), **given(kind, values)} for name, kind in SECTIONS.items()}
+    if is_open(sections["train"]):
+        import jax
+
+        sections["train"] = over_devices(sections["train"], len(jax.devices()))
+    asked = Asked(sections=sections, model_name=model_name)
     begun = continued(asked, out, resume)
     if begun is None and inexact and resume != "yes":
         raise ValueError("--inexact goes with --resume: a new run has nothing to be equal to. Leave it away.")

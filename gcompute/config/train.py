@@ -21,10 +21,11 @@ MOST_TOKENS_PER_STEP = 2**31 - 1
 # exceptions that are asked for: `decay_steps` move the end of the schedule, another `mesh` adds in another order, as do
 # the settings that say how a mesh is used.
 RESUMABLE = {"steps", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "dispatch_steps", "mesh"}
-RESUMABLE |= {"final_eval_batches", "decay_steps"}
+RESUMABLE |= {"final_eval_batches", "decay_steps", "keep_best", "tensorboard"}
+RESUMABLE |= {"sample_every", "sample_prompt"}
 RESUMABLE |= {"accumulation", "zero", "sequence_parallel", "context_attention", "pipeline_schedule", "pipeline_chunks"}
 # The tokens are compared with those that the run began with, so the text may have moved.
-RESUMABLE |= {"data"}
+RESUMABLE |= {"data", "validation"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +38,12 @@ class DataConfig:
         path=True,
     )
     tokenizer: str = option("bpe:4096", "byte, char, bpe:VOCAB (trained on the data), or a tokenizer.json", path=True)
+    validation: str | None = option(
+        None, "text to validate on, of the kinds that data takes (default: a part of data, by val_fraction)", path=True
+    )
     val_fraction: float = option(0.1, "share of the text kept for validation (of the files, or the end of one file)")
     text_mb: float | None = option(
-        None, "megabytes of text to read: whole files chosen evenly, or the start of one file (default: all)"
+        None, "megabytes of data's text to read: whole files chosen evenly, or the start of one file (default: all)"
     )
 
     def __post_init__(self) -> None:
@@ -95,13 +99,20 @@ class OptimizerConfig:
 class TrainConfig:
     """How long to train, in what pieces, and what to keep."""
 
-    batch: int = option(32, "sequences a step, over all devices")
+    batch: int = option(32, "sequences per step, over all devices")
+    per_device_batch: int | None = option(
+        None,
+        "instead of batch: sequences per microbatch of each batch shard; batch is that times data x fsdp x expert of"
+        " the mesh, times accumulation where that is given (default: batch says it)",
+    )
     seq: int | None = option(None, "tokens a sequence (default: the model's context)")
     steps: int = option(1000, "optimizer steps")
     accumulation: int | None = option(
         None, "microbatches a step (default: as many as keep one near the cache on CPU, 1 elsewhere)"
     )
-    mesh: MeshShape | None = option(None, "mesh axes and sizes, as in data=2,fsdp=4 (default: all devices on data)")
+    mesh: MeshShape | None = option(
+        None, "mesh axes and sizes, as in data=2,fsdp=4; one may be -1, the rest (default: all devices on data)"
+    )
     zero: int = option(
         0, "what the data axis splits besides the batch: 1 optimizer state, 2 gradients too (the fsdp axis is ZeRO-3)"
     )
@@ -126,6 +137,9 @@ class TrainConfig:
     )
     remat: str = option("none", "what the backward pass recomputes", choices=REMAT_POLICIES)
     unroll: int | None = option(None, "layers a scan step (default: all on CPU, 1 elsewhere)")
+    dropout: float = option(
+        0.0, "probability of zero in the embedding's sum and in what attention and feed-forward add; training alone"
+    )
     seed: int = option(0, "seed of the initial values and of the order of the data")
     eval_every: int = option(200, "steps between evaluations; 0: only at the end")
     eval_batches: int | None = option(20, "validation batches per evaluation, spread over the split")
@@ -135,10 +149,18 @@ class TrainConfig:
         " training's work, at least eval_batches)",
     )
     checkpoint_every: int = option(200, "steps between checkpoints; 0: only at the end")
-    keep: int = option(3, "checkpoints kept")
+    keep: int = option(3, "checkpoints kept, the newest")
+    keep_best: bool = option(
+        False, "also save and keep the one of lowest validation loss over eval_batches: OUT/checkpoints/best names it"
+    )
     log_every: int = option(
         10, "steps between lines of the metrics file's summary on a terminal that is not interactive"
     )
+    sample_every: int = option(0, "steps between texts of the model, printed and kept in OUT/samples.jsonl; 0: none")
+    sample_prompt: str | None = option(
+        None, "what those texts continue (default: the first words of the validation text)"
+    )
+    tensorboard: bool = option(False, "write the scalars of metrics.jsonl to OUT/tensorboard too (extra tensorboard)")
     dispatch_steps: int | None = option(None, "most steps one dispatch runs (default: as many as take half a second)")
 
     def __post_init__(self) -> None:
@@ -157,8 +179,15 @@ class TrainConfig:
                 "dispatch_steps",
                 "pipeline_chunks",
             ),
-            at_least_zero=("seed", "eval_every", "checkpoint_every", "zero", "final_eval_batches"),
+            at_least_zero=("seed", "eval_every", "checkpoint_every", "zero", "final_eval_batches", "sample_every"),
         )
+        if self.per_device_batch is not None:
+            raise ValueError(
+                f"per_device_batch={self.per_device_batch} means nothing before the devices are known: see"
+                " gcompute.config.sizes.over_devices, or give batch."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout:g}.")
         if self.zero > MOST_ZERO:
             raise ValueError(f"zero must be 0, 1 or 2, got {self.zero}: the third stage is the mesh axis fsdp.")
         if (self.pipeline_schedule == "interleaved") != (self.pipeline_chunks > 1):

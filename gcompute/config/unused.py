@@ -53,6 +53,15 @@ def unused(run: RunConfig, names: Collection[str], mesh: MeshShape | None) -> di
             f"warmup_steps={optimizer.warmup_steps} has no effect with"
             f" warmup_fraction={optimizer.warmup_fraction:g}, which says the same"
         )
+    if run.data.validation is not None:
+        reasons["val_fraction"] = (
+            f"val_fraction={run.data.val_fraction:g} has no effect with validation={run.data.validation}: all of data"
+            " trains"
+        )
+    if train.keep_best and not train.eval_every:
+        reasons["keep_best"] = "keep_best has no effect with eval_every=0, which evaluates at the end alone"
+    if train.sample_prompt is not None and not train.sample_every:
+        reasons["sample_prompt"] = "sample_prompt has no effect with sample_every=0, which takes no samples"
     if run.model.experts is None:
         for name in (name for name in EXPERT_FIELDS if getattr(run.model, name) != _default(run.model, name)):
             reasons[name] = f"{name}={getattr(run.model, name)} has no effect on a model without experts"

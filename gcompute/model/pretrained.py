@@ -1,11 +1,13 @@
 """Load a trained model for inference: its configuration, parameters and tokenizer.
 
-A run directory holds tokenizer.json and checkpoints/STEP/{params,optimizer,meta,checksums.json}.
+A run directory holds tokenizer.json and checkpoints/STEP/{params,optimizer,meta,checksums.json}. The path
+checkpoints/best stands for the one of them that had the lowest validation loss, where the run keeps that.
 """
 
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from gcompute.model.transformer import Params, abstract_params
 PARAMS, OPTIMIZER, META = "params", "optimizer", "meta"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.json"
+BEST = "best"
+# In the meta of a checkpoint: the validation loss of these very parameters, and over how many batches.
+VALIDATION = "validation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,30 @@ def saved_steps(checkpoints: Path) -> list[int]:
     """The steps that have a whole checkpoint in the directory `checkpoints`, oldest first."""
     # One that is still being written, or was when its process died, has a longer name.
     return sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal()) if checkpoints.is_dir() else []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validated:
+    """A checkpoint's step and its validation loss, in nats per token over `batches` of the split."""
+
+    step: int
+    loss: float
+    batches: int
+
+
+def best_saved(checkpoints: Path) -> Validated | None:
+    """The checkpoint of lowest validation loss, the oldest of equals; None where none has one.
+
+    Losses over another number of batches than the newest has do not compare with it and do not count.
+    """
+    found = []
+    for step in saved_steps(checkpoints):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            meta = json.loads((checkpoints / str(step) / META / "metadata").read_text(encoding="utf-8"))
+            check_step(meta, step)
+            kept = meta[VALIDATION]
+            found.append(Validated(step=step, loss=float(kept["loss"]), batches=int(kept["batches"])))
+    return min((one for one in found if one.batches == found[-1].batches), key=lambda one: one.loss, default=None)
 
 
 def unreadable(error: Exception) -> str:
@@ -75,12 +104,20 @@ def check_step(meta: Mapping[str, Any], step: int) -> None:
 def locate(path: Path) -> tuple[Path, list[int]]:
     """The run directory that `path` means and the steps to try, newest first.
 
-    `path` is a run directory, its checkpoints directory, or one checkpoint in it.
+    `path` is a run directory, its checkpoints directory, one checkpoint in it, or "best" there.
 
     Raises:
       ValueError: there is no checkpoint there.
     """
     path = path.absolute()
+    if path.name == BEST and path.parent.name == CHECKPOINTS and path.parent.is_dir():
+        best = best_saved(path.parent)
+        if best is None:
+            raise ValueError(
+                f"no checkpoint in {path.parent} has a validation loss, so none is the best. Give one of the steps"
+                " there, or train with --keep-best."
+            )
+        return path.parent.parent, [best.step]
     if not path.exists():
         raise ValueError(f"{path} does not exist. Give the --out directory of a `gcompute train` run.")
     if path.name.isdecimal() and path.parent.name == CHECKPOINTS:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from gcompute.config.model import ModelConfig
 from gcompute.model.attention import Attention
+from gcompute.model.dropout import EMBEDDING, Dropout, attention_site, feed_forward_site
 from gcompute.model.kv_cache import KVCache, LayerCache
 from gcompute.model.layers import FeedForward, make_norm, matrix, rotary_table
 from gcompute.model.matmul import MATMUL, linear, linear_transposed
@@ -54,7 +55,7 @@ class Execution:
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); in training with dropout, of what joins x."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention_norm = make_norm(config)
@@ -70,6 +71,8 @@ class Block(nnx.Module):
         rotary: Array | None,
         cache: tuple[Array, Array] | LayerCache | None,
         execution: Execution,
+        dropout: Dropout | None = None,
+        layer: int | Array = 0,
     ) -> tuple[Float[Array, "b t d"], tuple[Array, Array] | LayerCache | None, RouterStats | None]:
         compute, placement = execution.compute, execution.placement
 
@@ -79,8 +82,11 @@ class Block(nnx.Module):
                 return constrain(placement, norm(x_BTD), "BTD")
             return _whole_sequence(norm(x_BTD), placement, compute)
 
-        def joined(y_BTD: Array) -> Array:
-            return constrain(placement, x_BTD + constrain(placement, y_BTD.astype(x_BTD.dtype), "BRD"), "BRD")
+        def joined(y_BTD: Array, site: int | Array) -> Array:
+            y_BTD = constrain(placement, y_BTD.astype(x_BTD.dtype), "BRD")
+            if dropout is not None:
+                y_BTD = dropout(y_BTD, positions_BT, site, placement)
+            return constrain(placement, x_BTD + y_BTD, "BRD")
 
         mixed_BTD, cache = self.attention(
             branch_input(self.attention_norm, self.attention),
@@ -93,13 +99,13 @@ class Block(nnx.Module):
             one_projection=execution.one_projection,
             placement=placement,
         )
-        x_BTD = joined(mixed_BTD)
+        x_BTD = joined(mixed_BTD, attention_site(layer))
         fed_BTD, stats = branch_input(self.mlp_norm, self.mlp), None
         if isinstance(self.mlp, MoE):
             fed_BTD, stats = self.mlp(fed_BTD, compute, placement)
         else:
             fed_BTD = self.mlp(fed_BTD, compute, placement, execution.residual)
-        return joined(fed_BTD), cache, stats
+        return joined(fed_BTD, feed_forward_site(layer)), cache, stats
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -176,19 +182,32 @@ def run_blocks(
     config: ModelConfig,
     execution: Execution,
     cache: KVCache | tuple[LayerCache, ...] | None = None,
+    dropout: Dropout | None = None,
 ) -> tuple[Float[Array, "b t d"], Any, RouterStats | None]:
     """The stream after all of `blocks`, the cache with the new keys and values, and what the routers did, summed.
 
-    `blocks` are stacked, any number of them (a pipeline stage has some), or one dict a layer.
+    `blocks` are stacked, any number of them (a pipeline stage has some), or one dict a layer. With `dropout` they are
+    all of the model's.
     """
     rotary = None
     if config.positions == "rope":
         rotary = rotary_table(positions_BT, config.head_size, config.rope_theta, accumulator(execution.compute))
     graphdef = _block_graphdef(config)
 
-    def run(params: Params, x_BTD: Array, positions_BT: Array, rotary: Array | None, cache: Any) -> Any:
+    def run(
+        params: Params, x_BTD: Array, positions_BT: Array, rotary: Array | None, cache: Any, dropping: Any = None
+    ) -> Any:
         block = nnx.merge(graphdef, pinned(execution.placement, params, _block_dims(config)))
-        return block(x_BTD, positions_BT=positions_BT, rotary=rotary, cache=cache, execution=execution)
+        dropout, layer = dropping or (None, 0)
+        return block(
+            x_BTD,
+            positions_BT=positions_BT,
+            rotary=rotary,
+            cache=cache,
+            execution=execution,
+            dropout=dropout,
+            layer=layer,
+        )
 
     if execution.remat == "full":
         run = jax.checkpoint(run)
@@ -199,17 +218,21 @@ def run_blocks(
         if cache is not None:
             raise ValueError("a key/value cache needs unstacked blocks: pass params through unstack() first.")
 
-        def step(x_BTD: Array, params: Params) -> tuple[Array, RouterStats | None]:
-            x_BTD, _, stats = run(params, x_BTD, positions_BT, rotary, None)
+        def step(x_BTD: Array, of_layer: tuple[Params, Array | None]) -> tuple[Array, RouterStats | None]:
+            params, layer = of_layer
+            dropping = None if dropout is None else (dropout, layer)
+            x_BTD, _, stats = run(params, x_BTD, positions_BT, rotary, None, dropping)
             return x_BTD, stats
 
         num_layers = jax.tree.leaves(blocks)[0].shape[0]
-        x_BTD, stats = jax.lax.scan(step, x_BTD, blocks, unroll=min(execution.unroll, num_layers))
+        layers = None if dropout is None else jnp.arange(num_layers)
+        x_BTD, stats = jax.lax.scan(step, x_BTD, (blocks, layers), unroll=min(execution.unroll, num_layers))
         return x_BTD, None, jax.tree.map(lambda a: a.sum(axis=0), stats)
     caches, all_stats = [], []
     for layer in range(len(blocks)):
         layer_cache = (cache.k[layer], cache.v[layer]) if isinstance(cache, KVCache) else cache and cache[layer]
-        x_BTD, layer_cache, stats = run(blocks[layer], x_BTD, positions_BT, rotary, layer_cache)
+        dropping = None if dropout is None else (dropout, layer)
+        x_BTD, layer_cache, stats = run(blocks[layer], x_BTD, positions_BT, rotary, layer_cache, dropping)
         caches.append(layer_cache)
         all_stats.append(stats)
     if isinstance(cache, KVCache):
@@ -352,13 +375,24 @@ def forward_losses(
     config: ModelConfig,
     execution: Execution,
     positions_BT: Int[Array, "#b t"] | None = None,
+    dropout: Dropout | None = None,
 ) -> tuple[Float[Array, "b t"], RouterStats | None]:
-    """Cross-entropy of each target in nats, and what the routers of a mixture of experts did, summed over layers."""
+    """Cross-entropy of each target in nats, and what the routers of a mixture of experts did, summed over layers.
+
+    `dropout`: in training alone, never in evaluation.
+    """
     if execution.unroll >= config.layers:
         params = unstack(params, config)
     if positions_BT is None:
         positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    if dropout is not None:
+        # The masks take a piece of the sequence each, and without this the angles of RoPE would, to be gathered again.
+        positions_BT = constrain(execution.placement, positions_BT, "_T")
     model = ends(params, config, execution.placement)
     x_BTD = model.embed(tokens_BT, positions_BT, execution)
-    x_BTD, _, stats = run_blocks(params["blocks"], x_BTD, positions_BT, config=config, execution=execution)
+    if dropout is not None:
+        x_BTD = dropout(x_BTD, positions_BT, EMBEDDING, execution.placement)
+    x_BTD, _, stats = run_blocks(
+        params["blocks"], x_BTD, positions_BT, config=config, execution=execution, dropout=dropout
+    )
     return model.losses(x_BTD, targets_BT, execution), stats

@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: asynchronous, atomic, the last N kept, each with all that a run needs to go on.
+"""Checkpoints with Orbax: asynchronous, atomic, the last N and the best kept, each with all that a run needs.
 
 A checkpoint of step s, in DIRECTORY/s, holds the parameters, the optimizer's state and, as JSON, the configuration and
 the data position (which is s itself: the batches are a function of seed and step). A directory appears under its final
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,18 @@ from jax.experimental import multihost_utils
 
 from gcompute.config.train import RESUMABLE
 from gcompute.model.checksums import write_manifest
-from gcompute.model.pretrained import META, OPTIMIZER, PARAMS, check_step, check_whole, saved_steps, unreadable
+from gcompute.model.pretrained import (
+    META,
+    OPTIMIZER,
+    PARAMS,
+    VALIDATION,
+    Validated,
+    best_saved,
+    check_step,
+    check_whole,
+    saved_steps,
+    unreadable,
+)
 from gcompute.train.step import TrainState
 
 ITEMS = (PARAMS, OPTIMIZER, META)
@@ -58,22 +69,27 @@ class OtherRun(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run. Use as a context manager: leaving it waits for the last save."""
+    """The checkpoints of one run. Use as a context manager: leaving it waits for the last save.
 
-    def __init__(self, directory: Path, *, keep: int, create: bool = True):
+    best: with `keep_best`, the checkpoint of lowest validation loss, which is kept besides the `keep` newest.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, keep_best: bool = False, create: bool = True):
         """Raises ValueError when the directory cannot be made, written, or read back."""
         check_path(directory)
         # Orbax logs every save at WARNING where absl is not initialised, and errors with their tracebacks; they arrive
         # as exceptions too.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
             create=create,
+            preservation_policy=self,
             cleanup_tmp_directories=True,
             # Called when all files of all items are there and the directory has not yet its name.
             async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
         )
         self.directory = directory.absolute()
+        self.best: Validated | None = best_saved(self.directory) if keep_best else None
+        self._keep, self._keep_best = keep, keep_best
         self._saving: int | None = None
         try:
             self._manager = ocp.CheckpointManager(self.directory, item_names=ITEMS, options=options)
@@ -99,17 +115,32 @@ class Checkpoints:
         """The steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Start saving `state`; training may go on and donate it at once.
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which checkpoints stay, of all those there and the one being saved, oldest first; Orbax asks."""
+        best = self.best.step if self.best else None
+        newest = {checkpoint.step for checkpoint in checkpoints[-self._keep :]}
+        return [checkpoint.step in newest or checkpoint.step == best for checkpoint in checkpoints]
+
+    def improves(self, validation: Validated) -> bool:
+        """Whether a validation loss is lower than that of the best checkpoint, or does not compare with it."""
+        best = self.best
+        return best is None or best.batches != validation.batches or validation.loss < best.loss
+
+    def save(self, state: TrainState, meta: dict[str, Any], validation: Validated | None = None) -> None:
+        """Start saving `state`; training may go on and donate it at once. `validation`: of these very parameters.
 
         Raises:
           OSError: this save, or the one before, could not be written.
         """
+        if validation is not None:
+            meta = {**meta, VALIDATION: {"loss": validation.loss, "batches": validation.batches}}
         # On CPU Orbax would write from the very buffers that the next step is about to reuse.
         copied = self._copy((state.params, state.optimizer))
         with self._told():
             self._manager.wait_until_finished()
             self._saving = int(state.step)
+            if self._keep_best and validation is not None and self.improves(validation):
+                self.best = validation
             self._manager.save(
                 self._saving,
                 args=ocp.args.Composite(
@@ -240,3 +271,4 @@ class Checkpoints:
                 os.replace(self.directory / str(step), free)
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
+        self.best = best_saved(self.directory) if self._keep_best else None

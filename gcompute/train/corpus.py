@@ -23,7 +23,16 @@ import numpy as np
 from gcompute.config.train import DataConfig
 from gcompute.model.tokenizer import Tokenizer
 from gcompute.train.mapped import map_tokens
-from gcompute.train.source import Document, Documents, Progress, Source, find_source, limited, split_documents
+from gcompute.train.source import (
+    Document,
+    Documents,
+    Progress,
+    Source,
+    find_source,
+    limited,
+    split_documents,
+    two_sources,
+)
 from gcompute.train.text_file import Pieces, utf8_bytes
 
 FORMAT = 2
@@ -59,6 +68,7 @@ def prepare(
       ValueError: the data is missing, empty, binary or too short, the tokenizer spec is wrong, or `directory` cannot
         be written.
     """
+    validation = _validation_source(data)
     source = limited(source or find_source(data.data, data.text_mb), data.text_mb)
     progress = progress or (lambda stage, done, total: None)
     try:
@@ -66,20 +76,39 @@ def prepare(
             "format": FORMAT,
             "source": source.fingerprint(),
             "tokenizer": _tokenizer_key(data.tokenizer),
-            "val_fraction": data.val_fraction,
+            "val_fraction": data.val_fraction if validation is None else None,
+            **({} if validation is None else {"validation": validation.fingerprint()}),
         }
         # Absent, cut short, damaged, or of something else: all are mended by making it again.
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             return _open(directory, made_from)
-        documents = split_documents(source, data.val_fraction, progress)
+        if validation is None:
+            documents = split_documents(source, data.val_fraction, progress)
+        else:
+            documents = two_sources(source, validation, progress)
         tokenizer = _make_tokenizer(data.tokenizer, documents, progress)
         directory.mkdir(parents=True, exist_ok=True)
-        return _build(directory, made_from, source.name, documents, tokenizer, progress)
+        names = {"train": source.name, "val": (validation or source).name}
+        return _build(directory, made_from, names, documents, tokenizer, progress)
     except OSError as error:
         raise ValueError(
             f"{str(error.filename or directory)!r} cannot be read or written: {error.strerror}. "
             f"The token files need space in {str(directory)!r} and the right to write there."
         ) from None
+
+
+def _validation_source(data: DataConfig) -> Source | None:
+    """The files of a validation text of its own.
+
+    Raises:
+      ValueError: it is not there, or nothing in it.
+    """
+    if data.validation is None:
+        return None
+    try:
+        return find_source(data.validation)
+    except ValueError as error:
+        raise ValueError(f"the validation text: {error}") from None
 
 
 def pieces(texts: Iterable[str | None], length: int = PIECE_CHARACTERS) -> Pieces:
@@ -136,7 +165,7 @@ def _make_tokenizer(spec: str, documents: Documents, progress: Progress) -> Toke
 def _build(
     directory: Path,
     made_from: dict[str, object],
-    name: str,
+    names: dict[str, str],
     documents: Documents,
     tokenizer: Tokenizer,
     progress: Progress,
@@ -166,8 +195,8 @@ def _build(
             num_tokens = path.stat().st_size // dtype.itemsize
             if num_tokens < 2:
                 raise ValueError(
-                    f"data {name!r} is too short: its {split} split has {num_tokens} tokens, and needs at least 2. "
-                    "Give more text, or another val_fraction."
+                    f"data {names[split]!r} is too short: its {split} split has {num_tokens} tokens, and needs at least"
+                    " 2. Give more text, or another val_fraction."
                 )
             splits[split] = {"num_tokens": num_tokens, "num_bytes": num_bytes, "crc32": crc32}
         meta = {

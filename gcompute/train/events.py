@@ -38,6 +38,15 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What the model wrote after `prompt` when `step` was done."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
     """A checkpoint of `step` is being written."""
 
@@ -51,5 +60,5 @@ class Notice:
     text: str
 
 
-Event = Started | Stepped | Evaluated | Saved | Notice
+Event = Started | Stepped | Evaluated | Sampled | Saved | Notice
 Report = Callable[[Event], None]

@@ -1,5 +1,6 @@
 """The loss of a batch and its gradient: microbatches one after another, then one reduction over the data axis."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Array
 
 from gcompute.config.mesh import Axis, MeshShape
 from gcompute.config.model import ModelConfig
+from gcompute.model.dropout import Dropout
 from gcompute.model.transformer import Execution, Params, param_dims, stack, unstack
 from gcompute.parallel.pipeline.schedule import Schedule
 from gcompute.parallel.rules import dim_to_add, partition_spec
@@ -21,6 +23,7 @@ def local_gradients(
     params: Params,
     inputs_BT: Array,
     targets_BT: Array,
+    dropout: Dropout | None = None,
     *,
     config: ModelConfig,
     execution: Execution,
@@ -36,23 +39,25 @@ def local_gradients(
     turned = unrolled and execution.output_major
     params = _turn_narrowing(params) if turned else params
 
-    def loss(params: Params, inputs: Array, targets: Array) -> tuple[Array, Losses]:
+    def loss(params: Params, inputs: Array, targets: Array, dropout: Dropout | None) -> tuple[Array, Losses]:
         params = _turn_narrowing(params) if turned else params
-        return objective(params, inputs, targets, config=config, execution=execution)
+        return objective(params, inputs, targets, config=config, execution=execution, dropout=dropout)
 
-    def value_and_grad(inputs: Array, targets: Array) -> tuple[Losses, Params]:
-        (_, losses), gradients = jax.value_and_grad(loss, has_aux=True)(params, inputs, targets)
+    def value_and_grad(inputs: Array, targets: Array, rows_B: Array | None) -> tuple[Losses, Params]:
+        part = dataclasses.replace(dropout, rows_B=rows_B) if dropout is not None else None
+        (_, losses), gradients = jax.value_and_grad(loss, has_aux=True)(params, inputs, targets, part)
         return losses, gradients
 
+    rows_B = dropout.rows_B if dropout is not None else None
     if accumulation == 1:
-        losses, gradients = value_and_grad(inputs_BT, targets_BT)
+        losses, gradients = value_and_grad(inputs_BT, targets_BT, rows_B)
     else:
 
-        def add(total: Any, rows: tuple[Array, Array]) -> tuple[Any, None]:
+        def add(total: Any, rows: tuple[Array, Array, Array | None]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, value_and_grad(*rows)), None
 
-        rows = (microbatches(inputs_BT, accumulation), microbatches(targets_BT, accumulation))
-        shapes = jax.eval_shape(value_and_grad, rows[0][0], rows[1][0])
+        rows = jax.tree.map(lambda rows: microbatches(rows, accumulation), (inputs_BT, targets_BT, rows_B))
+        shapes = jax.eval_shape(value_and_grad, *jax.tree.map(lambda rows: rows[0], rows))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         (losses, gradients), _ = jax.lax.scan(add, zeros, rows)
         gradients = jax.tree.map(lambda value: value / accumulation, gradients)
@@ -86,6 +91,7 @@ def loss_and_gradients(
     accumulation: int,
     zero: int = 0,
     schedule: Schedule | None = None,
+    dropout: Dropout | None = None,
 ) -> tuple[Losses, Params]:
     """Mean losses of a batch and the gradient of its objective, on whatever mesh `execution` is placed.
 
@@ -93,12 +99,12 @@ def loss_and_gradients(
     gradients are summed on each device and reduced once. With `zero` 2 that reduction leaves each device its share.
 
     Args:
-      schedule: the pipeline's, where the mesh has stages.
+      schedule: the pipeline's, where the mesh has stages; it has no dropout.
     """
     local = partial(local_gradients, config=config, execution=execution, accumulation=accumulation)
     placement = execution.placement
     if placement is None or placement.shape.data == placement.shape.stage == 1:
-        return local(params, inputs_BT, targets_BT)
+        return local(params, inputs_BT, targets_BT, dropout)
     mesh = placement.shape
     if schedule is not None:
         local = partial(pipeline_gradients, config=config, execution=execution, schedule=schedule)
@@ -108,9 +114,9 @@ def loss_and_gradients(
     if zero == 2:
         gradient_specs = jax.tree.map(partial(_scattered, mesh=mesh), params_specs, param_dims(config), params)
 
-    def per_device(params: Params, inputs_BT: Array, targets_BT: Array) -> tuple[Losses, Params]:
+    def per_device(params: Params, inputs_BT: Array, targets_BT: Array, *dropout: Dropout) -> tuple[Losses, Params]:
         # With types unchecked autodiff adds no reduction of its own, which would come once a microbatch.
-        losses, gradients = local(params, inputs_BT, targets_BT)
+        losses, gradients = local(params, inputs_BT, targets_BT, *dropout)
         if mesh.data == 1:
             return losses, gradients
         losses = _mean_losses(jax.lax.psum(losses, Axis.DATA), mesh.data)
@@ -118,10 +124,16 @@ def loss_and_gradients(
 
     rows = partition_spec("B", mesh, {"B": (Axis.DATA,)})
     over = {axis for axis in (Axis.DATA, Axis.STAGE) if mesh.size(axis) > 1}
+    # Every row keeps the number that it has in the whole batch.
+    dropouts = () if dropout is None else (dropout,)
+    dropout_specs = tuple(dataclasses.replace(one, key=PartitionSpec(), rows_B=rows) for one in dropouts)
     whole = placement.manual(
-        per_device, over, in_specs=(params_specs, rows, rows), out_specs=(PartitionSpec(), gradient_specs)
+        per_device,
+        over,
+        in_specs=(params_specs, rows, rows, *dropout_specs),
+        out_specs=(PartitionSpec(), gradient_specs),
     )
-    losses, gradients = whole(in_stage_order(params, schedule), inputs_BT, targets_BT)
+    losses, gradients = whole(in_stage_order(params, schedule), inputs_BT, targets_BT, *dropouts)
     return losses, in_model_order(gradients, schedule)
 
 

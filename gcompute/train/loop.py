@@ -20,16 +20,18 @@ from gcompute.config.plain import from_plain
 from gcompute.config.train import OptimizerConfig, RunConfig
 from gcompute.measure.machine import rounding
 from gcompute.measure.profile import trace
-from gcompute.model.pretrained import CHECKPOINTS
+from gcompute.model.pretrained import CHECKPOINTS, Validated
 from gcompute.plan.mfu import model_flops
 from gcompute.train.checkpoint import Checkpoints
 from gcompute.train.corpus import TokenizedCorpus
 from gcompute.train.data import BatchSource, Prefetcher, ValidationWindows
-from gcompute.train.events import Evaluated, Notice, Report, Saved, Started, Stepped
+from gcompute.train.events import Evaluated, Notice, Report, Sampled, Saved, Started, Stepped
 from gcompute.train.identity import tokens_fingerprint
 from gcompute.train.metrics_log import MetricsLog
 from gcompute.train.optimizer import make_schedule
 from gcompute.train.programs import Programs, build_programs, place
+from gcompute.train.sampling import SAMPLES, make_sampler, sample_prompt
+from gcompute.train.tensorboard import TENSORBOARD, TensorboardLog, summary_writer
 
 METRICS = "metrics.jsonl"
 PROFILE = "profile"
@@ -134,10 +136,14 @@ def train(
       MemoryError: the run does not fit.
     """
     entered = time.perf_counter()
+    if run.train.tensorboard:
+        summary_writer()
     source, windows = open_data(run, corpus)
+    prompt = sample_prompt(run, corpus)
     programs = build_programs(run)
     train_config, steps = run.train, run.train.steps
     final_eval = windows.final(train_config.final_eval_batches, steps=steps, eval_batches=train_config.eval_batches)
+    usual_eval = min(train_config.eval_batches or len(windows), len(windows))
     learning_rates = jax.device_get(jax.jit(jax.vmap(make_schedule(run.optimizer, steps)))(np.arange(steps)))
     num_params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(programs.abstract_state.params))
     flops = model_flops(architecture(run.model), train_config.batch, run.seq)
@@ -157,7 +163,9 @@ def train(
     first_step_s: float | None = None
     rates: list[float] = []
     with ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(out / CHECKPOINTS, keep=train_config.keep))
+        checkpoints = stack.enter_context(
+            Checkpoints(out / CHECKPOINTS, keep=train_config.keep, keep_best=train_config.keep_best)
+        )
         restored = (
             checkpoints.restore(programs.abstract_state, lambda text: report(Notice(text=text)), run=meta)
             if resume
@@ -177,6 +185,18 @@ def train(
         if step > steps:
             raise ValueError(f"{out} is at step {step}, past --steps {steps}. Give at least {step}.")
         log = stack.enter_context(MetricsLog(out / METRICS, last_step=step)) if first else None
+        logs: list[MetricsLog | TensorboardLog] = [log] if log else []
+        if first and train_config.tensorboard:
+            board = TensorboardLog(
+                out / TENSORBOARD,
+                last_step=step,
+                tokens_per_step=run.tokens_per_step,
+                flops_per_step=flops,
+                peak_flops_per_s=peak_flops_per_s,
+            )
+            logs.append(stack.enter_context(board))
+        samples = stack.enter_context(MetricsLog(out / SAMPLES, last_step=step)) if prompt else None
+        sampler = make_sampler(run, corpus.tokenizer, prompt, programs.execution) if prompt else None
         if log and step == steps:
             train_loss, val_loss = (log.last[kind]["loss"] if kind in log.last else None for kind in ("train", "eval"))
             val_batches = log.last.get("eval", {}).get("batches")
@@ -226,25 +246,24 @@ def train(
             norms = [float(norm) for norm in metrics.gradient_norm[:num]]
             finite = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms, strict=True)]
             num_good = num if all(finite) else finite.index(False)
-            if log:
-                log.write(
-                    [
-                        {
-                            "kind": "train",
-                            "step": step + i + 1,
-                            "loss": losses[i],
-                            "gradient_norm": norms[i],
-                            "learning_rate": float(learning_rates[step + i]),
-                            "step_s": (now - started) / num,
-                            **{
-                                name: float(values[i])
-                                for name, values in (("balance", metrics.balance), ("dropped", metrics.dropped))
-                                if values is not None
-                            },
-                        }
-                        for i in range(num_good)
-                    ]
-                )
+            rows = [
+                {
+                    "kind": "train",
+                    "step": step + i + 1,
+                    "loss": losses[i],
+                    "gradient_norm": norms[i],
+                    "learning_rate": float(learning_rates[step + i]),
+                    "step_s": (now - started) / num,
+                    **{
+                        name: float(values[i])
+                        for name, values in (("balance", metrics.balance), ("dropped", metrics.dropped))
+                        if values is not None
+                    },
+                }
+                for i in range(num_good)
+            ]
+            for one in logs:
+                one.write(rows)
             if num_good < num:
                 raise _diverged(f"the loss or its gradient at step {step + num_good + 1}", saved)
             step += num
@@ -252,17 +271,27 @@ def train(
             step_s = median(rates[-20:]) if rates else (now - started) / num
             report(_progress(step, steps, train_loss, step_s, run.tokens_per_step, flops, peak_flops_per_s))
             ended = step == steps
+            validated: Validated | None = None
             if ended or (train_config.eval_every and step % train_config.eval_every == 0):
-                most = final_eval if ended else min(train_config.eval_batches or len(windows), len(windows))
+                most = final_eval if ended else usual_eval
                 val_loss, val_batches = evaluate(programs, state.params, windows, most), most
                 if not math.isfinite(val_loss):
                     raise _diverged(f"the validation loss at step {step}", saved)
-                if log:
-                    sample = {"batches": most, "of_batches": len(windows)}
-                    log.write([{"kind": "eval", "step": step, "loss": val_loss, **sample}])
+                evaluated = {"kind": "eval", "step": step, "loss": val_loss}
+                for one in logs:
+                    one.write([{**evaluated, "batches": most, "of_batches": len(windows)}])
                 report(Evaluated(step=step, loss=val_loss, num_batches=most, of_batches=len(windows)))
-            if ended or (train_config.checkpoint_every and step % train_config.checkpoint_every == 0):
-                checkpoints.save(state, meta)
+                if train_config.keep_best:
+                    # The last evaluation may be over other batches, and only equals compare.
+                    loss = val_loss if most == usual_eval else evaluate(programs, state.params, windows, usual_eval)
+                    validated = Validated(step=step, loss=loss, batches=usual_eval)
+            if prompt and sampler and samples and (ended or step % train_config.sample_every == 0):
+                text = sampler(state.params, step)
+                samples.write([{"kind": "sample", "step": step, "prompt": prompt.text, "text": text}])
+                report(Sampled(step=step, prompt=prompt.text, text=text))
+            due = ended or (train_config.checkpoint_every and step % train_config.checkpoint_every == 0)
+            if due or (validated and checkpoints.improves(validated)):
+                checkpoints.save(state, meta, validated)
                 saved = step
                 report(Saved(step=step))
         if profile and profiling is None:
@@ -344,12 +373,12 @@ def _progress(
 
 
 def _dispatch_size(programs: Programs, config: Any, step: int, rates: list[float], *, adapt: bool) -> int:
-    """Steps in the next dispatch: about half a second of them, never past an evaluation, a checkpoint or the end."""
+    """Steps in the next dispatch: about half a second of them, never past where something else is due."""
     if not adapt or config.dispatch_steps:
         wanted = programs.dispatch_steps
     else:
         wanted = int(DISPATCH_S / median(rates[-20:])) if rates else 1
-    borders = [every for every in (config.eval_every, config.checkpoint_every) if every]
+    borders = [every for every in (config.eval_every, config.checkpoint_every, config.sample_every) if every]
     room = min([config.steps - step, *(every - step % every for every in borders)])
     return max(1, min(wanted, room, programs.dispatch_steps))
 

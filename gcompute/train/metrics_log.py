@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, one line a training step or evaluation, cut back to a checkpoint on resume."""
+"""metrics.jsonl and samples.jsonl: a JSON object per line, each of a step, cut back to a checkpoint on resume."""
 
 import json
 from contextlib import suppress

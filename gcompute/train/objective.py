@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from gcompute.config.mesh import Axis
 from gcompute.config.model import ModelConfig
+from gcompute.model.dropout import Dropout
 from gcompute.model.transformer import Execution, Params, forward_losses
 from gcompute.parallel.load_balance import sequence_order
 from gcompute.parallel.placement import Placement
@@ -51,14 +52,26 @@ def arrange(placement: Placement | None, *rows_BT: Array) -> Arranged:
 
 
 def objective(
-    params: Params, inputs_BT: Array, targets_BT: Array, *, config: ModelConfig, execution: Execution
+    params: Params,
+    inputs_BT: Array,
+    targets_BT: Array,
+    *,
+    config: ModelConfig,
+    execution: Execution,
+    dropout: Dropout | None = None,
 ) -> tuple[Float[Array, ""], Losses]:
     """What the gradient is taken of, loss + balance_weight balance, and its parts."""
     placement = execution.placement
     arranged = arrange(placement, inputs_BT, targets_BT)
     inputs_BT, targets_BT = arranged.rows
     losses_BT, stats = forward_losses(
-        params, inputs_BT, targets_BT, config=config, execution=execution, positions_BT=arranged.positions_1T
+        params,
+        inputs_BT,
+        targets_BT,
+        config=config,
+        execution=execution,
+        positions_BT=arranged.positions_1T,
+        dropout=dropout,
     )
     loss = losses_BT.mean()
     if stats is None:

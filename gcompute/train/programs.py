@@ -78,6 +78,11 @@ def resolve_microbatches(run: RunConfig, shape: MeshShape, backend: str) -> int:
       ValueError: they do not.
     """
     config = run.train
+    if config.dropout and shape.stage > 1:
+        raise ValueError(
+            f"dropout={config.dropout:g} does not run on a pipeline: a stage is not told which rows of the batch its"
+            f" microbatch holds. Use dropout=0, or a mesh without stage={shape.stage}."
+        )
     accumulation = resolve_accumulation(run, shape, backend)
     check_mesh(
         run.model,
@@ -161,6 +166,8 @@ def lower_train(
         schedule=resolve_schedule(run, shape, accumulation),
         shardings=shardings if shape.num_devices > 1 else None,
         update_shardings=split if run.train.zero and shape.data > 1 else None,
+        dropout=run.train.dropout,
+        seed=run.train.seed,
     )
     metrics = StepMetrics(*[replicated] * 4) if run.model.experts else StepMetrics(replicated, replicated)
     # Asked for outside the mesh: the program that each option is tried on is of one device.

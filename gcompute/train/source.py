@@ -163,6 +163,46 @@ def split_documents(source: Source, val_fraction: float, progress: Progress) -> 
     Raises:
       ValueError: no file holds text.
     """
+    files, skipped = _files_of_text(source, progress)
+    about = {"skipped": skipped, "num_files": len(source.paths) + len(source.skipped)}
+    if len(files) == 1:
+        train, val, separated = _cut(files[0], val_fraction)
+        return Documents(train=(train,), val=(val,), separated=separated, **about)
+    shares = {file.name: _share(file.name) for file in files}
+    lowest, *_, highest = sorted(shares.values())
+    threshold = min(max(val_fraction, np.nextafter(lowest, 1)), highest)
+    ended = _all_ended(files)
+    return Documents(
+        train=tuple(file for file in ended if shares[file.name] >= threshold),
+        val=tuple(file for file in ended if shares[file.name] < threshold),
+        separated=True,
+        **about,
+    )
+
+
+def two_sources(source: Source, validation: Source, progress: Progress) -> Documents:
+    """All the text of `source` to train on and all of `validation` to validate on, both read once here, and not kept.
+
+    Raises:
+      ValueError: no file of one of them holds text.
+    """
+    (train, skipped), (val, also_skipped) = (_files_of_text(one, progress) for one in (source, validation))
+    several = len(train) > 1 or len(val) > 1
+    return Documents(
+        train=_all_ended(train) if several else tuple(train),
+        val=_all_ended(val) if several else tuple(val),
+        separated=several or any(one.kind[-1] is True for one in (source, validation)),  # JSONL
+        skipped=tuple(sorted(skipped + also_skipped)),
+        num_files=sum(len(one.paths) + len(one.skipped) for one in (source, validation)),
+    )
+
+
+def _files_of_text(source: Source, progress: Progress) -> tuple[list[Document], Skipped]:
+    """The files of a source that hold text, in the order of their names, and what is left out.
+
+    Raises:
+      ValueError: none does.
+    """
     files, skipped = [], list(source.skipped)
     for index, (name, path) in enumerate(source.paths.items()):
         progress("reading", index, len(source.paths))
@@ -181,20 +221,11 @@ def split_documents(source: Source, val_fraction: float, progress: Progress) -> 
     if not files:
         what = f"holds no text: {by_reason(skipped)}; the rest is empty" if skipped else "is empty"
         raise ValueError(f"data {source.name!r} {what}. Give a file with text in it, a directory of them, or stdlib.")
-    about = {"skipped": tuple(sorted(skipped)), "num_files": len(source.paths) + len(source.skipped)}
-    if len(files) == 1:
-        train, val, separated = _cut(files[0], val_fraction)
-        return Documents(train=(train,), val=(val,), separated=separated, **about)
-    shares = {file.name: _share(file.name) for file in files}
-    lowest, *_, highest = sorted(shares.values())
-    threshold = min(max(val_fraction, np.nextafter(lowest, 1)), highest)
-    ended = [replace(file, read=partial(_ended, file.read)) for file in files]
-    return Documents(
-        train=tuple(file for file in ended if shares[file.name] >= threshold),
-        val=tuple(file for file in ended if shares[file.name] < threshold),
-        separated=True,
-        **about,
-    )
+    return files, tuple(sorted(skipped))
+
+
+def _all_ended(files: list[Document]) -> tuple[Document, ...]:
+    return tuple(replace(file, read=partial(_ended, file.read)) for file in files)
 
 
 def _directory_source(data: str) -> Source:

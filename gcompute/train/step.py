@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array
 
 from gcompute.config.model import ModelConfig
+from gcompute.model.dropout import dropout_of_step
 from gcompute.model.transformer import Execution, Params, forward_losses
 from gcompute.parallel.einsum import accumulator
 from gcompute.parallel.pipeline.schedule import Schedule
@@ -53,6 +54,8 @@ def make_train_steps(
     schedule: Schedule | None = None,
     shardings: TrainState | None = None,
     update_shardings: Any = None,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> Callable[[TrainState, Array, Array, Array], tuple[TrainState, StepMetrics]]:
     """A function that runs `num_steps` optimizer steps over the first batches of [N, B, T] inputs and targets.
 
@@ -62,6 +65,7 @@ def make_train_steps(
     Args:
       zero, schedule: as in `loss_and_gradients`. shardings: where each step leaves the state. update_shardings: how
         parameters and gradients are split to compute the update, where that is more than where they lie (ZeRO-1, -2).
+      dropout: probability of zero, see `gcompute.model.dropout`; 0 leaves it out of the program. seed: of its masks.
     """
     gradient_of = partial(
         loss_and_gradients,
@@ -73,7 +77,8 @@ def make_train_steps(
     )
 
     def one(state: TrainState, inputs_BT: Array, targets_BT: Array) -> tuple[TrainState, StepMetrics]:
-        losses, gradients = gradient_of(state.params, inputs_BT, targets_BT)
+        drawn = dropout_of_step(dropout, seed, state.step, inputs_BT.shape[0])
+        losses, gradients = gradient_of(state.params, inputs_BT, targets_BT, dropout=drawn)
         params = state.params
         if update_shardings is not None:
             # Else XLA gathers the optimizer's state, and every device computes the whole update.

@@ -75,6 +75,10 @@ def test_an_empty_directory_of_data(gcompute: Command, tmp_path: Path):
         (["--mesh", "dta=2"], "mesh axis 'dta' is not known. Did you mean 'data'?"),
         (["--mesh", "data=two"], "needs a whole number above 0"),
         (["--mesh", "data=0"], "needs a whole number above 0"),
+        (["--mesh", "data=-2"], "needs a whole number above 0, as in data=2, or -1 for the rest"),
+        (["--mesh", "data=-1,tensor=-1"], "mesh axes data and tensor are both -1"),
+        (["--mesh", "data=-1,tensor=3"], "does not fit 8 devices: the axes besides data are 3"),
+        (["--per-device-batch", "2"], "batch=4 and per_device_batch=2 say the same twice"),
         (["--mesh", "tensor=3", "--batch", "6"], "tensor=3"),
         (["--mesh", "data=3"], "batch=4"),
         (["--mesh", "data=64", "--batch", "64"], "needs 64 devices and there are 8"),
@@ -102,6 +106,10 @@ def test_an_empty_directory_of_data(gcompute: Command, tmp_path: Path):
         (["--val-fraction", "1"], "val_fraction must lie between 0 and 1"),
         (["--eval-every", "-1"], "eval_every must be at least 0"),
         (["--keep", "0"], "keep must be above 0"),
+        (["--dropout", "1"], "dropout must be at least 0 and below 1"),
+        (["--keep-best", "--eval-every", "0"], "keep_best has no effect with eval_every=0"),
+        (["--validation", "no.txt"], "the validation text: data 'no.txt' cannot be read: No such file or directory"),
+        (["--validation", "stdlib", "--val-fraction", "0.2"], "val_fraction=0.2 has no effect with validation=stdlib"),
         (["--batch", str(10**12)], "tokens a step"),
         (["--rope-theta", "inf"], "rope_theta must be above 0"),
         (["extra"], "unexpected extra argument"),
@@ -379,3 +387,12 @@ def test_a_model_whose_state_exceeds_the_memory(gcompute: Command, words: Path, 
     assert "parameters, gradients and optimizer need 1," in error
     assert "GiB" in error
     assert not any((tmp_path / "out" / "checkpoints").glob("*"))
+
+
+def test_tensorboard_without_its_package(
+    gcompute: Command, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    ended = gcompute(*TINY, "--data", words, "--out", tmp_path / "out", "--tensorboard")
+    assert "pip install 'gcompute[tensorboard]'" in ended.error
+    assert not (tmp_path / "out").exists()
