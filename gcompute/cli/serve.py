@@ -79,7 +79,7 @@ def command(
         # Before the engine is there: nothing else runs while the machine is measured, once and for all. The batch of
         # several devices would not be that of one.
         roofline = decode_roofline(model.config, config, measured_chip())
-    template = load_template(locate(checkpoint)[0], notice)
+    template = load_template(locate(checkpoint)[0], notice, tokenizer=model.tokenizer, time_s=config.timeout_s)
     model_name = name or model.name
     drafting = None
     if draft is not None:

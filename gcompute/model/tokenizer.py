@@ -5,10 +5,11 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -19,6 +20,7 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # in the order they are looked for
 SMALLEST_BPE = 258  # 256 byte values, END_OF_TEXT and one merge
 LONGEST_UTF8_BYTES = 4
+MOST_IDS = 1 << 24  # sixty times the largest vocabulary published
 
 
 class Tokenizer:
@@ -75,15 +77,12 @@ class Tokenizer:
             raise ValueError(
                 f"tokenizer file {os.fspath(path)!r} does not parse: byte {error.start} is not UTF-8."
             ) from None
-        try:
+        name = f"tokenizer file {os.fspath(path)!r}"
+        _check_ids(text, name)
+        with panics_as_errors(f"{name} does not parse"):
             backend = tokenizers.Tokenizer.from_str(text)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the binding raises Exception, and its panics are not even that
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise ValueError(f"tokenizer file {os.fspath(path)!r} does not parse: {reason}.") from None
         if not backend.get_vocab_size():
-            raise ValueError(f"tokenizer file {os.fspath(path)!r} has no tokens: its vocabulary is empty.")
+            raise ValueError(f"{name} has no tokens: its vocabulary is empty.")
         return cls(backend)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -124,7 +123,8 @@ class Tokenizer:
         """The token ids of `text`.
 
         Raises:
-          ValueError: a character tokenizer does not know a character, or `text` holds half of a surrogate pair.
+          ValueError: a character tokenizer does not know a character, `text` holds half of a surrogate pair, or a
+            pattern of the tokenizer's gives up on it.
         """
         return self.encode_batch([text])[0]
 
@@ -135,14 +135,23 @@ class Tokenizer:
           ValueError: as for `encode`.
         """
         for text in texts:
-            _check_is_unicode(text)
-            if self._characters is not None and not self._characters.issuperset(text):
-                index, char = next((i, c) for i, c in enumerate(text) if c not in self._characters)
-                raise ValueError(
-                    f"the char tokenizer does not know {char!r} (U+{ord(char):04X}, character {index} of the text): "
-                    f"it has the {len(self._characters)} characters it was made from. byte and bpe:VOCAB take any text."
-                )
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            self.check(text)
+        with panics_as_errors("the tokenizer cannot encode this text"):
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def check(self, text: str) -> None:
+        """Refuse a text that cannot be encoded.
+
+        Raises:
+          ValueError: as for `encode`.
+        """
+        _check_is_unicode(text)
+        if self._characters is not None and not self._characters.issuperset(text):
+            index, char = next((i, c) for i, c in enumerate(text) if c not in self._characters)
+            raise ValueError(
+                f"the char tokenizer does not know {char!r} (U+{ord(char):04X}, character {index} of the text): "
+                f"it has the {len(self._characters)} characters it was made from. byte and bpe:VOCAB take any text."
+            )
 
     def least_tokens(self, text: str) -> int:
         """The fewest ids that `text` can become, without encoding it: its bytes by those of the longest token.
@@ -160,7 +169,21 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and ids that stand for nothing are left out."""
-        return self._backend.decode(list(ids), skip_special_tokens=False)
+        with panics_as_errors("the tokenizer cannot decode these ids"):
+            return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def description(self) -> dict[str, Any]:
+        """What its tokenizer.json says."""
+        return json.loads(self._backend.to_str())
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, or None."""
+        return self._backend.token_to_id(token)
+
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """The tokens that are found in a text before all others, special or not, with their ids."""
+        return {token.content: token_id for token_id, token in self._backend.get_added_tokens_decoder().items()}
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
@@ -293,6 +316,32 @@ def _character_set(description: dict) -> frozenset[str] | None:
         and all(len(token) == 1 for token in model["vocab"])
     )
     return frozenset(model["vocab"]) if is_char else None
+
+
+@contextmanager
+def panics_as_errors(what: str) -> Iterator[None]:
+    """Raise ValueError for whatever the binding raises: Exception, and panics that are not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split()).rstrip(".")[:200]
+        raise ValueError(f"{what}: {reason}.") from None
+
+
+def _check_ids(text: str, name: str) -> None:
+    """Refuse a tokenizer.json with ids that no model has, before anything of that length is made of them."""
+    try:
+        found = json.loads(text)
+        vocab = found["model"]["vocab"]
+        # A list of (token, score) pairs numbers itself.
+        ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(one["id"] for one in found["added_tokens"])]
+        largest = max((one for one in ids if isinstance(one, int)), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # `tokenizers` says what is wrong with it
+    if largest >= MOST_IDS:
+        raise ValueError(f"{name} has the token id {largest}: ids are below {MOST_IDS:,}.")
 
 
 def _check_is_unicode(text: str) -> None:

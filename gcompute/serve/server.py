@@ -13,11 +13,11 @@ import uvicorn
 
 from gcompute.config.serve import ServeConfig
 from gcompute.serve.api import create_app
+from gcompute.serve.chat_template import ChatTemplate
 from gcompute.serve.engine import Engine
 from gcompute.serve.front import guarded
 from gcompute.serve.position import DecodeRoofline
 from gcompute.serve.request import NotReady
-from gcompute.serve.template import ChatTemplate
 from gcompute.serve.watchers import Watchers
 
 BACKLOG = 1024

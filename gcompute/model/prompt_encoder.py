@@ -1,0 +1,121 @@
+"""A rendered chat to token ids, as its tokenizer encodes the whole text, but for whom its characters are from."""
+
+import json
+import re
+import secrets
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from gcompute.model.tokenizer import Tokenizer, panics_as_errors
+
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+# Of each end of a stand-in: no text that a person types.
+EDGE = "\uf8ff"
+
+
+class PromptEncoder:
+    """Encodes text in which only the template's own characters may spell control tokens.
+
+    Each control token that the template wrote has a stand-in, an added token with the same flags and a name that
+    nobody can guess, and the text is encoded once, as a whole: prefix spaces, stripping and merges are those that
+    Hugging Face's tokenizers give. A control token spelled by a message stays the ordinary text that it is.
+
+    control: control tokens beside the special ones. flags: those of added tokens that differ from tokenizer.json's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        control: Collection[str] = (),
+        flags: Mapping[str, Mapping[str, bool]] | None = None,
+    ):
+        self._tokenizer = tokenizer
+        known = {name: tokenizer.id_of(name) for name in (*tokenizer.special_tokens, *control) if name}
+        self.control = {name: token_id for name, token_id in known.items() if token_id is not None}
+        self._names = sorted(self.control, key=len, reverse=True)
+        self._edge = EDGE + secrets.token_hex(16)
+        description = tokenizer.description()
+        added = _with_flags(description["added_tokens"], self.control, flags or {})
+        self._single = {one["content"] for one in added if one["single_word"]}
+        # A longer added token wins where both begin, control or not.
+        contents = sorted((one["content"] for one in added), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, contents)) or "(?!)")
+        with panics_as_errors("the tokenizer does not take its control tokens"):
+            backend = tokenizers.Tokenizer.from_str(json.dumps({**description, "added_tokens": added}))
+            of_name = {one["content"]: {flag: one[flag] for flag in FLAGS} for one in added}
+            backend.add_tokens(
+                [AddedToken(self._alias(at), special=False, **of_name[name]) for at, name in enumerate(self._names)]
+            )
+        backend.encode_special_tokens = True
+        self._backend = backend
+        aliases = {backend.token_to_id(self._alias(at)): self.control[name] for at, name in enumerate(self._names)}
+        self._ids = {alias: token_id for alias, token_id in aliases.items() if alias is not None}
+
+    def encode(self, text: str, spans: Iterable[tuple[int, int]]) -> list[int]:
+        """The ids of `text`, of which the characters in `spans`, (start, end) pairs, are the template's.
+
+        Raises:
+          ValueError: the tokenizer cannot encode it.
+        """
+        if self._edge in text:
+            raise ValueError("the text has a name in it that stands for a control token.")
+        found = self._found(text, spans)
+        parts, at = [], 0
+        for start, name in found:
+            parts += [text[at:start], self._alias(self._names.index(name))]
+            at = start + len(name)
+        self._tokenizer.check(text)
+        ids = self._encode("".join([*parts, text[at:]]))
+        if sum(one in self._ids for one in ids) != len(found):
+            # A control token that is looked for in normalized text alone, and is not there: it is text.
+            return self._encode(text)
+        return [self._ids.get(one, one) for one in ids]
+
+    def _encode(self, text: str) -> list[int]:
+        with panics_as_errors("the tokenizer cannot encode this text"):
+            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def written(self, text: str, spans: Iterable[tuple[int, int]]) -> set[str]:
+        """The added tokens, control or not, that the characters in `spans` spell."""
+        own = _own(text, spans)
+        return {found[0] for found in self._pattern.finditer(text) if 0 not in own[found.start() : found.end()]}
+
+    def _found(self, text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, str]]:
+        own = _own(text, spans)
+        found, at = [], 0
+        while match := self._pattern.search(text, at):
+            name, start, at = match[0], match.start(), match.end()
+            if name in self.control and 0 not in own[start:at] and (name not in self._single or _alone(text, match)):
+                found.append((start, name))
+        return found
+
+    def _alias(self, index: int) -> str:
+        return f"{self._edge}{index}{EDGE}"
+
+
+def _own(text: str, spans: Iterable[tuple[int, int]]) -> bytearray:
+    own = bytearray(len(text))
+    for start, end in spans:
+        own[start:end] = b"\1" * (end - start)
+    return own
+
+
+def _alone(text: str, found: re.Match[str]) -> bool:
+    """Whether no letter, digit or underscore stands beside it."""
+    return not re.search(r"\w\Z", text[: found.start()][-1:]) and not re.match(r"\w", text[found.end() :][:1])
+
+
+def _with_flags(
+    added: Sequence[dict[str, Any]], control: Mapping[str, int], flags: Mapping[str, Mapping[str, bool]]
+) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.json, with control tokens special and with the flags given."""
+    plain = dict.fromkeys(FLAGS, False)
+    described = {one["content"]: {**plain, "special": False, **one} for one in added}
+    for name, token_id in control.items():
+        described.setdefault(name, {"id": token_id, "content": name, **plain})["special"] = True
+    for name, one in described.items():
+        one |= {flag: value for flag, value in flags.get(name, {}).items() if flag in FLAGS}
+    return sorted(described.values(), key=lambda one: one["id"])
