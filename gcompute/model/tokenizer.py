@@ -15,11 +15,13 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from gcompute.config.fields import nearest
+from gcompute.model.byte_fallback import broken_bytes, byte_tokens, num_open
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # in the order they are looked for
 SMALLEST_BPE = 258  # 256 byte values, END_OF_TEXT and one merge
 LONGEST_UTF8_BYTES = 4
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MOST_IDS = 1 << 24  # sixty times the largest vocabulary published
 
 
@@ -168,9 +170,26 @@ class Tokenizer:
         return max(map(len, self._bytes_of_token.values()))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and ids that stand for nothing are left out."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and ids that stand for nothing are left out.
+
+        Raises:
+          ValueError: the tokenizer's decoder gives up on them.
+        """
+        known = [one for one in ids if self.has(one)] if self._byte_of_token else list(ids)
+        broken = broken_bytes(known, self._byte_of_token)
         with panics_as_errors("the tokenizer cannot decode these ids"):
-            return self._backend.decode(list(ids), skip_special_tokens=False)
+            if not broken:
+                return self._backend.decode(known, skip_special_tokens=False)
+            tokens = [self._backend.id_to_token(one) for one in known]
+            return self._backend.decoder.decode([REPLACEMENT if at in broken else one for at, one in enumerate(tokens)])
+
+    def has(self, token_id: int) -> bool:
+        """Whether the id stands for a token: a padded vocabulary has ids that do not."""
+        return self._backend.id_to_token(token_id) is not None
+
+    @cached_property
+    def _byte_of_token(self) -> dict[int, int]:
+        return byte_tokens(self._backend)
 
     def description(self) -> dict[str, Any]:
         """What its tokenizer.json says."""
@@ -195,6 +214,8 @@ class Tokenizer:
         """The bytes of one token by itself: of a byte-level one exactly, of any other those of its decoded text."""
         if self._bytes_of_token is not None:
             return self._bytes_of_token.get(token_id, b"")
+        if token_id in self._byte_of_token:
+            return bytes([self._byte_of_token[token_id]])
         return self.decode([token_id]).encode()
 
     @cached_property
@@ -227,23 +248,30 @@ class StreamDecoder:
         """Add an id; return the text that became complete with it, often empty."""
         if self._bytes_of_token is not None:
             return self._utf8.decode(self._bytes_of_token.get(token_id, b""))
-        self._waiting.append(token_id)
-        text = self._waiting_text()
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._waiting) < LONGEST_UTF8_BYTES:
+        if not self._tokenizer.has(token_id):
             return ""
-        self._context, self._waiting = self._waiting, []
+        self._waiting.append(token_id)
+        byte_of = self._tokenizer._byte_of_token
+        certain = self._waiting[: len(self._waiting) - num_open(self._waiting, byte_of)]
+        if not certain:
+            return ""
+        text = self._text_of(certain)
+        if not byte_of and text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_UTF8_BYTES:
+            # Of a decoder that is not known: perhaps the beginning of a character.
+            return ""
+        self._context, self._waiting = certain, self._waiting[len(certain) :]
         return text
 
     def flush(self) -> str:
         """The text of whatever still waits; the decoder then starts afresh."""
-        text = self._utf8.decode(b"", final=True) + (self._waiting_text() if self._waiting else "")
+        text = self._utf8.decode(b"", final=True) + (self._text_of(self._waiting) if self._waiting else "")
         self._utf8.reset()
         self._context, self._waiting = [], []
         return text
 
-    def _waiting_text(self) -> str:
+    def _text_of(self, ids: list[int]) -> str:
         before = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._waiting)[len(before) :]
+        return self._tokenizer.decode(self._context + ids)[len(before) :]
 
 
 def _byte_alphabet() -> str:

@@ -138,7 +138,10 @@ class JinjaTemplate:
         self._making = threading.Lock()
         self._encoder: tuple[Tokenizer, PromptEncoder] | None = None
         first = {"templates": self._sources, "special": dict(special), "memory_bytes": RENDER_BYTES}
-        self._process = BoundedProcess(WORKER, first)
+        try:
+            self._process = BoundedProcess(WORKER, first)
+        except ValueError as error:
+            raise ValueError(f"{self._what} cannot be used: {error}") from None
         if "error" in self._process.hello:
             self._process.close()
             raise ValueError(f"{self._what} does not parse: {self._process.hello['error']}.")
@@ -224,7 +227,7 @@ class JinjaTemplate:
         except (ValueError, TimeoutError) as error:
             raise NotReady(f"{self._what} cannot be rendered now: {error}") from None
         if "error" in answer:
-            raise ValueError(f"{self._what} refuses these messages: {answer['error']}")
+            raise ValueError(f"{self._what} refuses these messages: {answer['error']}.")
         return answer["text"], answer["spans"]
 
 

@@ -19,12 +19,12 @@ from datetime import datetime
 from functools import partial
 from typing import Any, ClassVar
 
-import jinja2
-from jinja2 import meta, nodes
-from jinja2.ext import Extension
-from jinja2.filters import do_join
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
+import jinja2  # pyright: ignore[reportMissingImports]
+from jinja2 import meta, nodes  # pyright: ignore[reportMissingImports]
+from jinja2.ext import Extension  # pyright: ignore[reportMissingImports]
+from jinja2.filters import do_join  # pyright: ignore[reportMissingImports]
+from jinja2.sandbox import ImmutableSandboxedEnvironment  # pyright: ignore[reportMissingImports]
+from jinja2.visitor import NodeTransformer  # pyright: ignore[reportMissingImports]
 
 from gcompute.serve.chat_text import Text, formatted, joined, received, spans, written
 
@@ -134,9 +134,13 @@ def _answer(templates: Templates, question: dict[str, Any]) -> dict[str, Any]:
     except RecursionError:
         return {"error": "it is nested too deeply"}
     except Exception as error:  # whatever a template of someone else's raises is about these messages
-        return {"error": str(error)[:1000]}
+        return {"error": _line(error)}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error)[:1000].split()).rstrip(".") or type(error).__name__
 
 
 def _listen(lines: "queue.SimpleQueue[bytes]") -> None:
@@ -163,7 +167,7 @@ def main() -> None:
     try:
         templates = Templates(first["templates"], first["special"])
     except (jinja2.TemplateError, RecursionError, MemoryError, SyntaxError, ValueError) as error:
-        _say({"error": str(error)[:1000] or type(error).__name__})
+        _say({"error": _line(error)})
         return
     _say({"names": templates.names})
     while True:
