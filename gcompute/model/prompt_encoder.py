@@ -50,7 +50,7 @@ class PromptEncoder:
                 [AddedToken(self._alias(at), special=False, **of_name[name]) for at, name in enumerate(self._names)]
             )
         backend.encode_special_tokens = True
-        self._backend = backend
+        self._encode_texts = tokenizer.encoding(backend)
         aliases = {backend.token_to_id(self._alias(at)): self.control[name] for at, name in enumerate(self._names)}
         self._ids = {alias: token_id for alias, token_id in aliases.items() if alias is not None}
 
@@ -68,15 +68,11 @@ class PromptEncoder:
             parts += [text[at:start], self._alias(self._names.index(name))]
             at = start + len(name)
         self._tokenizer.check(text)
-        ids = self._encode("".join([*parts, text[at:]]))
+        (ids,) = self._encode_texts(["".join([*parts, text[at:]])])
         if sum(one in self._ids for one in ids) != len(found):
             # A control token that is looked for in normalized text alone, and is not there: it is text.
-            return self._encode(text)
+            return self._encode_texts([text])[0]
         return [self._ids.get(one, one) for one in ids]
-
-    def _encode(self, text: str) -> list[int]:
-        with panics_as_errors("the tokenizer cannot encode this text"):
-            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def written(self, text: str, spans: Iterable[tuple[int, int]]) -> set[str]:
         """The added tokens, control or not, that the characters in `spans` spell."""

@@ -39,6 +39,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._encode = self.encoding(backend)
         self._characters = _character_set(json.loads(backend.to_str()))
 
     @classmethod
@@ -138,8 +139,16 @@ class Tokenizer:
         """
         for text in texts:
             self.check(text)
-        with panics_as_errors("the tokenizer cannot encode this text"):
-            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return self._encode(list(texts))
+
+    def encoding(self, backend: tokenizers.Tokenizer) -> Callable[[list[str]], list[list[int]]]:
+        """How texts become ids by this tokenizer, or by another made of it; ValueError where they do not."""
+
+        def encode(texts: list[str]) -> list[list[int]]:
+            with panics_as_errors("the tokenizer cannot encode this text"):
+                return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+        return encode
 
     def check(self, text: str) -> None:
         """Refuse a text that cannot be encoded.
@@ -194,6 +203,10 @@ class Tokenizer:
     def description(self) -> dict[str, Any]:
         """What its tokenizer.json says."""
         return json.loads(self._backend.to_str())
+
+    def backend(self) -> tokenizers.Tokenizer:
+        """A copy of what it is made of."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
 
     def id_of(self, token: str) -> int | None:
         """The id of a token, or None."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from gcompute.model.prompt_encoder import PromptEncoder
 from gcompute.model.tokenizer import Tokenizer
-from gcompute.serve.chat_process import BoundedProcess, OutOfTime
+from gcompute.serve.bounded_process import BoundedProcess, OutOfTime
 from gcompute.serve.request import NotReady, RequestError
 
 WORKER = "gcompute.serve.chat_worker"

@@ -3,18 +3,10 @@
     {"templates", "special", "memory_bytes"}            ->  {"names": {template: [variables that it reads]}}
     {"template", "variables", "time_s", "max_chars"}    ->  {"text", "spans"} or {"error"}
 
-A template is a program of someone else's: its loops may not end and its strings may not fit. Whoever started this
-process ends it when a line is not answered in time; an alarm does where nobody is left to. It ends when its input ends.
+A template is a program of someone else's: its loops may not end and its strings may not fit.
 """
 
 import json
-import os
-import queue
-import resource
-import signal
-import sys
-import threading
-from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import Any, ClassVar
@@ -27,9 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment  # pyright: ignore[repo
 from jinja2.visitor import NodeTransformer  # pyright: ignore[reportMissingImports]
 
 from gcompute.serve.chat_text import Text, formatted, joined, received, spans, written
+from gcompute.serve.line_worker import answer_lines, bound_memory
 
-# Of the alarm, after the time in which an answer is waited for.
-GRACE_S = 1.0
 LITERAL, CONCAT = "_own_{}", "_own_joined"
 
 
@@ -122,61 +113,22 @@ class Templates:
         return self._compiled[name][0].render(**{**self._special, **values})
 
 
-def _answer(templates: Templates, question: dict[str, Any]) -> dict[str, Any]:
-    try:
-        signal.setitimer(signal.ITIMER_REAL, question["time_s"] + GRACE_S)
-        text = templates.render(question["template"], question["variables"])
+def main() -> None:
+    """Answer lines until the input ends."""
+    made: list[Templates] = []
+
+    def start(first: dict[str, Any]) -> dict[str, Any]:
+        bound_memory(first["memory_bytes"])
+        made.append(Templates(first["templates"], first["special"]))
+        return {"names": made[0].names}
+
+    def render(question: dict[str, Any]) -> dict[str, Any]:
+        text = made[0].render(question["template"], question["variables"])
         if len(text) > question["max_chars"]:
             return {"error": f"it makes {len(text):,} characters; the most is {question['max_chars']:,}"}
         return {"text": text, "spans": spans(text)}
-    except MemoryError:
-        return {"error": "it needs more memory than it may have"}
-    except RecursionError:
-        return {"error": "it is nested too deeply"}
-    except Exception as error:  # whatever a template of someone else's raises is about these messages
-        return {"error": _line(error)}
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error)[:1000].split()).rstrip(".") or type(error).__name__
-
-
-def _listen(lines: "queue.SimpleQueue[bytes]") -> None:
-    for line in sys.stdin.buffer:
-        lines.put(line)
-    os._exit(0)
-
-
-def _say(value: dict[str, Any]) -> None:
-    sys.stdout.buffer.write(json.dumps(value).encode() + b"\n")
-    sys.stdout.buffer.flush()
-
-
-def main() -> None:
-    """Answer lines until the input ends."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(lines,), daemon=True).start()
-    first = json.loads(lines.get())
-    for limit, size in ((resource.RLIMIT_AS, first["memory_bytes"]), (resource.RLIMIT_CORE, 0)):
-        # Where the system has no such limit, time alone bounds it.
-        with suppress(OSError, ValueError):
-            resource.setrlimit(limit, (size, size))
-    try:
-        templates = Templates(first["templates"], first["special"])
-    except (jinja2.TemplateError, RecursionError, MemoryError, SyntaxError, ValueError) as error:
-        _say({"error": _line(error)})
-        return
-    _say({"names": templates.names})
-    while True:
-        question = json.loads(lines.get())
-        answer = _answer(templates, question)
-        try:
-            _say(answer)
-        except MemoryError:
-            _say({"error": "it needs more memory than it may have"})
+    answer_lines(start, render)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from gcompute.model.tokenizer import Tokenizer
-from gcompute.serve.chat_process import BoundedProcess
+from gcompute.serve.bounded_process import BoundedProcess
 from gcompute.serve.chat_template import WORKER
 from gcompute.serve.request import NotReady
 from gcompute.serve.template import JinjaTemplate, Message
@@ -103,7 +103,7 @@ def test_many_threads_have_each_their_own_answer(tokenizer):
 
 
 def test_whoever_waits_too_long_for_others_is_told_so(tokenizer, monkeypatch):
-    monkeypatch.setattr("gcompute.serve.chat_process.WAIT_S", 0.0)
+    monkeypatch.setattr("gcompute.serve.bounded_process.WAIT_S", 0.0)
     template = template_of("")
     with template._process._lock, pytest.raises(NotReady, match="busy"):
         say(template, "good", tokenizer)
@@ -111,7 +111,7 @@ def test_whoever_waits_too_long_for_others_is_told_so(tokenizer, monkeypatch):
 
 PARENT = """
 import sys, threading, time
-from gcompute.serve.chat_process import BoundedProcess
+from gcompute.serve.bounded_process import BoundedProcess
 first = {"templates": {"default": %r}, "special": {}, "memory_bytes": 1 << 30}
 process = BoundedProcess("gcompute.serve.chat_worker", first)
 print(process._process.pid, flush=True)
