@@ -47,9 +47,9 @@ def command(
     **values: Any,
 ) -> None:
     """Serve the model in CHECKPOINT, the --out directory of `gcompute train`: /v1/completions, /v1/chat/completions,
-    /v1/models, /health, /metrics, and at / a page to talk to it and watch it work. Chats use the template of a
-    tokenizer_config.json there if jinja2 is installed, and "role: content" lines otherwise. SIGTERM, SIGHUP and
-    Ctrl-C finish accepted requests first."""
+    /v1/models, /health, /metrics, and at / a page to talk to it and watch it work. Chats use the chat template
+    there if jinja2 is installed, and "role: content" lines otherwise. SIGTERM, SIGHUP and Ctrl-C finish accepted
+    requests first."""
     key = chosen_key(api_key, api_key_file)
     restart_fast(fast)
     quiet_backends()

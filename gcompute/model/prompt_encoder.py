@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -35,7 +35,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         known = {name: tokenizer.id_of(name) for name in (*tokenizer.special_tokens, *control) if name}
         self.control = {name: token_id for name, token_id in known.items() if token_id is not None}
-        self._names = sorted(self.control, key=len, reverse=True)
+        self._number = {name: at for at, name in enumerate(self.control)}
         self._edge = EDGE + secrets.token_hex(16)
         description = tokenizer.description()
         added = _with_flags(description["added_tokens"], self.control, flags or {})
@@ -47,11 +47,11 @@ class PromptEncoder:
             backend = tokenizers.Tokenizer.from_str(json.dumps({**description, "added_tokens": added}))
             of_name = {one["content"]: {flag: one[flag] for flag in FLAGS} for one in added}
             backend.add_tokens(
-                [AddedToken(self._alias(at), special=False, **of_name[name]) for at, name in enumerate(self._names)]
+                [AddedToken(self._alias(at), special=False, **of_name[name]) for name, at in self._number.items()]
             )
         backend.encode_special_tokens = True
         self._encode_texts = tokenizer.encoding(backend)
-        aliases = {backend.token_to_id(self._alias(at)): self.control[name] for at, name in enumerate(self._names)}
+        aliases = {backend.token_to_id(self._alias(at)): self.control[name] for name, at in self._number.items()}
         self._ids = {alias: token_id for alias, token_id in aliases.items() if alias is not None}
 
     def encode(self, text: str, spans: Iterable[tuple[int, int]]) -> list[int]:
@@ -65,7 +65,7 @@ class PromptEncoder:
         found = self._found(text, spans)
         parts, at = [], 0
         for start, name in found:
-            parts += [text[at:start], self._alias(self._names.index(name))]
+            parts += [text[at:start], self._alias(self._number[name])]
             at = start + len(name)
         self._tokenizer.check(text)
         (ids,) = self._encode_texts(["".join([*parts, text[at:]])])
@@ -76,32 +76,28 @@ class PromptEncoder:
 
     def written(self, text: str, spans: Iterable[tuple[int, int]]) -> set[str]:
         """The added tokens, control or not, that the characters in `spans` spell."""
-        own = _own(text, spans)
-        return {found[0] for found in self._pattern.finditer(text) if 0 not in own[found.start() : found.end()]}
+        return {name for _, name in self._spelled(text, spans)}
+
+    def _spelled(self, text: str, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, str]]:
+        """Where the template's own characters spell added tokens, and which; a message's are not looked at."""
+        for start, end in spans:
+            for found in self._pattern.finditer(text[start:end]):
+                yield start + found.start(), found[0]
 
     def _found(self, text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, str]]:
-        own = _own(text, spans)
-        found, at = [], 0
-        while match := self._pattern.search(text, at):
-            name, start, at = match[0], match.start(), match.end()
-            if name in self.control and 0 not in own[start:at] and (name not in self._single or _alone(text, match)):
-                found.append((start, name))
-        return found
+        return [
+            (at, name)
+            for at, name in self._spelled(text, spans)
+            if name in self.control and (name not in self._single or _alone(text, at, at + len(name)))
+        ]
 
     def _alias(self, index: int) -> str:
         return f"{self._edge}{index}{EDGE}"
 
 
-def _own(text: str, spans: Iterable[tuple[int, int]]) -> bytearray:
-    own = bytearray(len(text))
-    for start, end in spans:
-        own[start:end] = b"\1" * (end - start)
-    return own
-
-
-def _alone(text: str, found: re.Match[str]) -> bool:
+def _alone(text: str, start: int, end: int) -> bool:
     """Whether no letter, digit or underscore stands beside it."""
-    return not re.search(r"\w\Z", text[: found.start()][-1:]) and not re.match(r"\w", text[found.end() :][:1])
+    return not re.search(r"\w", text[max(0, start - 1) : start] + text[end : end + 1])
 
 
 def _with_flags(

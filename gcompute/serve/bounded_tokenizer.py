@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from gcompute.model.tokenizer import Tokenizer
-from gcompute.serve.bounded_process import BoundedProcess, OutOfTime
+from gcompute.serve.bounded_process import BoundedPool, OutOfTime
 from gcompute.serve.request import NotReady
 
 WORKER = "gcompute.serve.encode_worker"
@@ -50,11 +50,12 @@ class BoundedTokenizer(Tokenizer):
         super().__init__(backend)
 
     def encoding(self, backend: tokenizers.Tokenizer) -> Callable[[list[str]], list[list[int]]]:
-        process = BoundedProcess(WORKER, {"tokenizer": backend.to_str(), "memory_bytes": ENCODE_BYTES})
+        first = {"tokenizer": backend.to_str(), "memory_bytes": ENCODE_BYTES}
+        pool = BoundedPool(WORKER, first, wait_s=self._time_s)
 
         def encode(texts: list[str]) -> list[list[int]]:
             try:
-                answer = process.ask({"texts": texts, "time_s": self._time_s}, time_s=self._time_s)
+                answer = pool.ask({"texts": texts, "time_s": self._time_s}, time_s=self._time_s)
             except OutOfTime as error:
                 raise ValueError(f"the tokenizer was stopped on this text: {error}.") from None
             except (ValueError, TimeoutError) as error:

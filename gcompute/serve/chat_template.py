@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from gcompute.model.prompt_encoder import PromptEncoder
 from gcompute.model.tokenizer import Tokenizer
-from gcompute.serve.bounded_process import BoundedProcess, OutOfTime
+from gcompute.serve.bounded_process import BoundedPool, OutOfTime
 from gcompute.serve.request import NotReady, RequestError
 
 WORKER = "gcompute.serve.chat_worker"
@@ -139,13 +139,12 @@ class JinjaTemplate:
         self._encoder: tuple[Tokenizer, PromptEncoder] | None = None
         first = {"templates": self._sources, "special": dict(special), "memory_bytes": RENDER_BYTES}
         try:
-            self._process = BoundedProcess(WORKER, first)
+            self._pool = BoundedPool(WORKER, first, wait_s=time_s)
         except ValueError as error:
             raise ValueError(f"{self._what} cannot be used: {error}") from None
-        if "error" in self._process.hello:
-            self._process.close()
-            raise ValueError(f"{self._what} does not parse: {self._process.hello['error']}.")
-        self._names: dict[str, list[str]] = self._process.hello["names"]
+        if "error" in self._pool.hello:
+            raise ValueError(f"{self._what} does not parse: {self._pool.hello['error']}.")
+        self._names: dict[str, list[str]] = self._pool.hello["names"]
 
     def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         ids = (tokenizer.id_of(one) if isinstance(one, str) else one for one in self._ends)
@@ -221,9 +220,11 @@ class JinjaTemplate:
     def _render(self, name: str, values: Mapping[str, Any]) -> tuple[str, list[Any]]:
         question = {"template": name, "variables": values, "time_s": self._time_s, "max_chars": MAX_RENDERED_CHARS}
         try:
-            answer = self._process.ask(question, time_s=self._time_s)
+            answer = self._pool.ask(question, time_s=self._time_s)
         except OutOfTime as error:
             raise ValueError(f"{self._what} was stopped: {error}.") from None
+        except RecursionError:
+            raise ValueError("the messages or tools are nested too deeply.") from None
         except (ValueError, TimeoutError) as error:
             raise NotReady(f"{self._what} cannot be rendered now: {error}") from None
         if "error" in answer:

@@ -47,7 +47,9 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         found = super().getattr(obj, attribute)
-        return partial(formatted, obj, found) if attribute == "format" and isinstance(obj, Text) else found
+        # Where it is the sandbox's own, and not `str.format`, which reads any attribute.
+        guarded = attribute == "format" and isinstance(obj, Text) and not hasattr(found, "__self__")
+        return partial(formatted, obj, found) if guarded else found
 
     def compiled(self, source: str) -> tuple[jinja2.Template, list[str]]:
         """A template whose literals are known to be its own, and the variables that it reads."""

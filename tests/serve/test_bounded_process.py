@@ -1,5 +1,6 @@
 """Templates that never end or never fit, and the process that bounds them."""
 
+import gc
 import subprocess
 import sys
 import threading
@@ -66,24 +67,27 @@ def test_a_hostile_template_is_an_error_that_names_it_and_the_next_chat_is_serve
     assert say(template, "good", tokenizer) == "ok"
 
 
+def workers() -> list[int]:
+    gc.collect()
+    children = psutil.Process().children()
+    return [child.pid for child in children if WORKER in " ".join(child.cmdline())]
+
+
 def test_what_is_stopped_is_gone(tokenizer):
     template = template_of(LOOP)
     assert say(template, "good", tokenizer) == "ok"
-    process = template._process._process
-    assert process is not None
+    (pid,) = workers()
     with pytest.raises(ValueError, match="was stopped: it took longer than 1 s"):
         say(template, "bad", tokenizer)
-    assert not psutil.pid_exists(process.pid)
-    template._process.close()
+    assert not psutil.pid_exists(pid)
 
 
 def test_a_template_that_is_not_needed_any_more_takes_its_process_with_it(tokenizer):
     template = template_of("")
-    process = template._process._process
-    assert process is not None
-    assert psutil.pid_exists(process.pid)
+    assert say(template, "good", tokenizer) == "ok"
+    assert len(workers()) == 1
     del template
-    assert not psutil.pid_exists(process.pid)
+    assert not workers()
 
 
 def test_many_threads_have_each_their_own_answer(tokenizer):
@@ -102,11 +106,40 @@ def test_many_threads_have_each_their_own_answer(tokenizer):
     assert found == {text: text for text in texts}
 
 
-def test_whoever_waits_too_long_for_others_is_told_so(tokenizer, monkeypatch):
-    monkeypatch.setattr("gcompute.serve.bounded_process.WAIT_S", 0.0)
+def test_whoever_waits_too_long_for_others_is_told_so(tokenizer):
     template = template_of("")
-    with template._process._lock, pytest.raises(NotReady, match="busy"):
+    busy = [template._pool._take() for _ in range(4)]
+    assert len(workers()) == 4
+    with pytest.raises(NotReady, match="busy"):
         say(template, "good", tokenizer)
+    template._pool._idle.put(busy[0])
+    assert say(template, "good", tokenizer) == "ok"
+
+
+def test_others_do_not_wait_for_a_chat_that_takes_all_of_its_time(tokenizer):
+    template = template_of(LOOP)
+    template._time_s = 20.0
+    prepared = template.prepare(tokenizer)
+    stopped: list[str] = []
+
+    def loop() -> None:
+        try:
+            say(template, "bad", tokenizer)
+        except ValueError as error:
+            stopped.append(str(error))
+
+    slow = threading.Thread(target=loop)
+    slow.start()
+    time.sleep(0.3)
+    began_s = time.monotonic()
+    assert say(template, "good", tokenizer) == "ok"
+    assert (time.monotonic() - began_s < 15, stopped) == (True, [])
+    for pid in workers():
+        psutil.Process(pid).kill()
+    slow.join()
+    assert "its process ended" in stopped[0]
+    assert say(template, "good", tokenizer) == "ok"
+    assert template.prepare(tokenizer) is prepared
 
 
 PARENT = """
@@ -114,7 +147,7 @@ import sys, threading, time
 from gcompute.serve.bounded_process import BoundedProcess
 first = {"templates": {"default": %r}, "special": {}, "memory_bytes": 1 << 30}
 process = BoundedProcess("gcompute.serve.chat_worker", first)
-print(process._process.pid, flush=True)
+print(process.running.pid, flush=True)
 if sys.argv[1] == "loop":
     question = {"template": "default", "variables": {"messages": []}, "time_s": 60, "max_chars": 1}
     process.ask(question, time_s=60)
