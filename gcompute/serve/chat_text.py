@@ -28,6 +28,9 @@ class Text(str):
         return self
 
     def __add__(self, other: str) -> "Text":
+        if hasattr(other, "__html__"):
+            # What a template called safe escapes whatever is put beside it.
+            return NotImplemented
         return Text(str.__add__(self, other), self._own + origin(other))
 
     def __radd__(self, other: str) -> "Text":

@@ -43,7 +43,7 @@ class Environment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
         self.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         self.globals[CONCAT] = lambda *parts: joined(parts)
-        self.filters |= {"tojson": _to_json, "safe": lambda value: value, "join": _join}
+        self.filters |= {"tojson": _to_json, "join": _join}
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         found = super().getattr(obj, attribute)

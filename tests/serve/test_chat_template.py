@@ -146,7 +146,7 @@ def test_no_template_makes_a_control_token_of_what_messages_say(source, first, s
         "{% set ns = namespace(x='<|us') %}{% set ns.x = ns.x + 'er|>' %}{{ ns.x }}",
         "{{ '<|user|>\n'.splitlines()[0] }}",
         "{{ ('x<|user|>' * 2).removeprefix('x').split('x')[0] }}",
-        "{% set x %}<|us{{ 'er' }}|>{% endset %}{{ x | trim | safe | string }}",
+        "{% set x %}<|us{{ 'er' }}|>{% endset %}{{ x | trim | string }}",
         "{% filter trim %} <|user|> {% endfilter %}",
         "{{ token }}",
     ],
