@@ -14,6 +14,7 @@ from gcompute.model.tokenizer import Tokenizer, panics_as_errors
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 # Of each end of a stand-in: no text that a person types.
 EDGE = "\uf8ff"
+MAX_TRIED_CHARS = 1 << 24
 
 
 class PromptEncoder:
@@ -62,17 +63,36 @@ class PromptEncoder:
         """
         if self._edge in text:
             raise ValueError("the text has a name in it that stands for a control token.")
+        self._tokenizer.check(text)
         found = self._found(text, spans)
+        ids = self._with_aliases(text, found)
+        if self._num_aliases(ids) != len(found):
+            # Some are looked for in normalized text alone, and not all are found there: those are text.
+            found = self._matched(text, found)
+            ids = self._with_aliases(text, found)
+            if self._num_aliases(ids) != len(found):
+                ids = self._with_aliases(text, [])
+        return [self._ids.get(one, one) for one in ids]
+
+    def _with_aliases(self, text: str, found: Sequence[tuple[int, str]]) -> list[int]:
+        return self._encode_texts([self._aliased(text, found)])[0]
+
+    def _aliased(self, text: str, found: Sequence[tuple[int, str]]) -> str:
         parts, at = [], 0
         for start, name in found:
             parts += [text[at:start], self._alias(self._number[name])]
             at = start + len(name)
-        self._tokenizer.check(text)
-        (ids,) = self._encode_texts(["".join([*parts, text[at:]])])
-        if sum(one in self._ids for one in ids) != len(found):
-            # A control token that is looked for in normalized text alone, and is not there: it is text.
-            return self._encode_texts([text])[0]
-        return [self._ids.get(one, one) for one in ids]
+        return "".join([*parts, text[at:]])
+
+    def _num_aliases(self, ids: Iterable[int]) -> int:
+        return sum(one in self._ids for one in ids)
+
+    def _matched(self, text: str, found: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+        """Those that the tokenizer finds, each tried alone; none where that takes too long."""
+        if len(text) * len(found) > MAX_TRIED_CHARS:
+            return []
+        tried = self._encode_texts([self._aliased(text, [one]) for one in found])
+        return [one for one, ids in zip(found, tried, strict=True) if self._num_aliases(ids)]
 
     def written(self, text: str, spans: Iterable[tuple[int, int]]) -> set[str]:
         """The added tokens, control or not, that the characters in `spans` spell."""

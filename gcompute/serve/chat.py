@@ -77,8 +77,10 @@ def parse_chat(body: bytes, *, engine: Engine, model_name: str, template: ChatTe
         raise RequestError(str(error), param=sent.get(error.param or "", error.param), code=error.code) from None
 
 
-def read_prompt(fields: dict[str, Any], *, engine: Engine, template: ChatTemplate) -> tuple[int, ...]:
-    """The ids of a chat's messages, by the template.
+def read_prompt(
+    fields: dict[str, Any], *, engine: Engine, template: ChatTemplate, to_fit: bool = True
+) -> tuple[int, ...]:
+    """The ids of a chat's messages, by the template; `to_fit`: refused early where no context can hold them.
 
     Raises:
       RequestError: anything that is wrong with them; `param` names what. NotReady: the template is busy.
@@ -91,7 +93,8 @@ def read_prompt(fields: dict[str, Any], *, engine: Engine, template: ChatTemplat
         raise RequestError(message, param="continue_final_message")
     if engine.tokenizer is None:
         raise RequestError("this engine has no tokenizer, and chat needs one.", param="messages")
-    check_can_fit("".join(message.content or "" for message in messages), engine, param="messages")
+    if to_fit:
+        check_can_fit("".join(message.content or "" for message in messages), engine, param="messages")
     try:
         return template.encode(
             messages,

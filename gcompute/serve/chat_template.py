@@ -22,7 +22,7 @@ from gcompute.serve.request import NotReady, RequestError
 WORKER = "gcompute.serve.chat_worker"
 RENDER_S = 4.0
 RENDER_BYTES = 1 << 30
-MAX_RENDERED_CHARS = 1 << 24
+MAX_RENDERED_CHARS = 1 << 23
 DEFAULT, TOOL_USE = "default", "tool_use"
 # What transformers hands to every template; other names are `chat_template_kwargs`.
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")

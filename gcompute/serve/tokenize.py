@@ -25,7 +25,7 @@ def tokenized(body: bytes, *, engine: Engine, model_name: str, template: ChatTem
     fields = read_object(body, known=("model", "prompt", *TEMPLATE_FIELDS), neutral=NEUTRAL)
     check_model(fields, model_name)
     if fields.get("messages") is not None:
-        ids = read_prompt(fields, engine=engine, template=template)
+        ids = read_prompt(fields, engine=engine, template=template, to_fit=False)
     elif (prompt := read_field(fields, "prompt", str, None)) is not None:
         ids = engine.encode(prompt)
     else:

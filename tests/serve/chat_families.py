@@ -45,6 +45,14 @@ FULLWIDTH = [
 CALLS = ["<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581call\u2581end\uff5c>"]
 
 FAMILIES = {
+    # Its special tokens are found after normalization, and so only where a piece of text begins.
+    "vicuna": Family(
+        kind="legacy",
+        names=["<s>", "</s>"],
+        special={"bos_token": "<s>", "eos_token": "</s>"},
+        flags={"normalized": True},
+        template="""{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}{% endif %}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}{% elif m['role'] == 'assistant' %}{{ 'ASSISTANT: ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}""",
+    ),
     # BOS before every user turn, the system message folded into the first.
     "llama-2": Family(
         kind="legacy",

@@ -76,5 +76,5 @@ def _add(backend: tokenizers.Tokenizer, added: list[AddedToken]) -> None:
 
 def added(names: list[str], *, plain: list[str] | None = None, **flags: bool) -> list[AddedToken]:
     """Special tokens, all with the flags, and added ones that are not special."""
-    special = [AddedToken(name, special=True, normalized=False, **flags) for name in names]
+    special = [AddedToken(name, special=True, **{"normalized": False, **flags}) for name in names]
     return special + [AddedToken(name, special=False, normalized=False) for name in plain or []]

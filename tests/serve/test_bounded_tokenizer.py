@@ -34,10 +34,10 @@ def test_a_panic_is_an_error_of_this_text_alone(make):
 
 
 def test_a_pattern_that_does_not_end_is_stopped():
-    tokenizer = bounded(tokenizer_of(QUADRATIC), time_s=0.5)
+    tokenizer = bounded(tokenizer_of(QUADRATIC), time_s=1.0)
     began_s = time.monotonic()
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"was stopped on this text: it took longer than 0\.5 s"):
+        with pytest.raises(ValueError, match=r"was stopped on this text: it took longer than 1 s"):
             tokenizer.encode("a" * 200_000 + "!")
         assert tokenizer.decode(tokenizer.encode("aab")) == "aab"
     assert time.monotonic() - began_s < 30
@@ -45,7 +45,7 @@ def test_a_pattern_that_does_not_end_is_stopped():
 
 def test_a_chat_of_such_a_tokenizer_is_stopped_too_and_others_have_the_same_ids():
     plain = tokenizer_of(QUADRATIC)
-    tokenizer = bounded(plain, time_s=0.5)
+    tokenizer = bounded(plain, time_s=1.0)
     template = JinjaTemplate("{{ messages[0].content }}<|end|>", {})
 
     def ids_of(text: str, of: Tokenizer) -> tuple[int, ...]:

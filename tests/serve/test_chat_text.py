@@ -49,7 +49,7 @@ def test_random_templates_make_the_text_that_jinja_makes_and_forge_nothing():
     plain.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     draw = random.Random(0)
     num_spelled = 0
-    for _ in range(1500):
+    for _ in range(600):
         source = "{{ " + expression(draw, draw.randint(1, 4)) + " }}"
         messages = [{"role": "user", "content": draw.choice(FORGED)} for _ in range(2)]
         expected = plain.from_string(source).render(messages=messages)
@@ -59,7 +59,7 @@ def test_random_templates_make_the_text_that_jinja_makes_and_forge_nothing():
         ids = encoder.encode(text, spans(text))
         assert not {*tokenizer.special_tokens.values()} & {*ids}, source
         num_spelled += any(token in text for token in tokenizer.special_tokens)
-    assert num_spelled > 20
+    assert num_spelled > 8
 
 
 @settings(max_examples=500, deadline=None)
