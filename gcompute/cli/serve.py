@@ -48,9 +48,9 @@ def command(
     **values: Any,
 ) -> None:
     """Serve the model in CHECKPOINT, the --out directory of `gcompute train`: /v1/completions, /v1/chat/completions,
-    /v1/models, /health, /metrics, and at / a page to talk to it and watch it work. Chats use the template of a
-    tokenizer_config.json there if jinja2 is installed, and "role: content" lines otherwise. SIGTERM, SIGHUP and
-    Ctrl-C finish accepted requests first."""
+    /v1/models, /health, /metrics, and at / a page to talk to it and watch it work. Chats use the chat template
+    there if jinja2 is installed, and "role: content" lines otherwise. SIGTERM, SIGHUP and Ctrl-C finish accepted
+    requests first."""
     key = chosen_key(api_key, api_key_file)
     restart_fast(fast)
     quiet_backends()
@@ -66,6 +66,7 @@ def command(
     from gcompute.cli.chips import measured_chip
     from gcompute.cli.consoles import plain_console
     from gcompute.model.pretrained import load, locate
+    from gcompute.serve.bounded_tokenizer import bounded
     from gcompute.serve.engine import Engine
     from gcompute.serve.native.build import why_not
     from gcompute.serve.position import decode_roofline
@@ -85,13 +86,14 @@ def command(
         # Before the engine is there: nothing else runs while the machine is measured, once and for all. The batch of
         # several devices would not be that of one.
         roofline = decode_roofline(model.config, config, measured_chip())
-    template = load_template(locate(checkpoint)[0], notice)
+    tokenizer = bounded(model.tokenizer, time_s=config.timeout_s)
+    template = load_template(locate(checkpoint)[0], notice, tokenizer=tokenizer, time_s=config.timeout_s)
     model_name = name or model.name
     drafting = None
     if draft is not None:
         small = load(draft, notice=notice)
         drafting = (small.params, small.config)
-    engine = Engine(model.params, model.config, model.tokenizer, config, draft=drafting)
+    engine = Engine(model.params, model.config, tokenizer, config, draft=drafting)
     stats = engine.stats()
     console.print(
         f"{stats.num_cells:,} tokens of keys and values in {stats.num_pages:,} pages; "

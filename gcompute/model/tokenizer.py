@@ -5,20 +5,24 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from gcompute.config.fields import nearest
+from gcompute.model.byte_fallback import broken_bytes, byte_tokens, num_open
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # in the order they are looked for
 SMALLEST_BPE = 258  # 256 byte values, END_OF_TEXT and one merge
 LONGEST_UTF8_BYTES = 4
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MOST_IDS = 1 << 24  # sixty times the largest vocabulary published
 
 
 class Tokenizer:
@@ -35,6 +39,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._encode = self.encoding(backend)
         self._characters = _character_set(json.loads(backend.to_str()))
 
     @classmethod
@@ -75,15 +80,12 @@ class Tokenizer:
             raise ValueError(
                 f"tokenizer file {os.fspath(path)!r} does not parse: byte {error.start} is not UTF-8."
             ) from None
-        try:
+        name = f"tokenizer file {os.fspath(path)!r}"
+        _check_ids(text, name)
+        with panics_as_errors(f"{name} does not parse"):
             backend = tokenizers.Tokenizer.from_str(text)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the binding raises Exception, and its panics are not even that
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise ValueError(f"tokenizer file {os.fspath(path)!r} does not parse: {reason}.") from None
         if not backend.get_vocab_size():
-            raise ValueError(f"tokenizer file {os.fspath(path)!r} has no tokens: its vocabulary is empty.")
+            raise ValueError(f"{name} has no tokens: its vocabulary is empty.")
         return cls(backend)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -134,7 +136,8 @@ class Tokenizer:
         """The token ids of `text`.
 
         Raises:
-          ValueError: a character tokenizer does not know a character, or `text` holds half of a surrogate pair.
+          ValueError: a character tokenizer does not know a character, `text` holds half of a surrogate pair, or a
+            pattern of the tokenizer's gives up on it.
         """
         return self.encode_batch([text])[0]
 
@@ -145,14 +148,31 @@ class Tokenizer:
           ValueError: as for `encode`.
         """
         for text in texts:
-            _check_is_unicode(text)
-            if self._characters is not None and not self._characters.issuperset(text):
-                index, char = next((i, c) for i, c in enumerate(text) if c not in self._characters)
-                raise ValueError(
-                    f"the char tokenizer does not know {char!r} (U+{ord(char):04X}, character {index} of the text): "
-                    f"it has the {len(self._characters)} characters it was made from. byte and bpe:VOCAB take any text."
-                )
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            self.check(text)
+        return self._encode(list(texts))
+
+    def encoding(self, backend: tokenizers.Tokenizer) -> Callable[[list[str]], list[list[int]]]:
+        """How texts become ids by this tokenizer, or by another made of it; ValueError where they do not."""
+
+        def encode(texts: list[str]) -> list[list[int]]:
+            with panics_as_errors("the tokenizer cannot encode this text"):
+                return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+        return encode
+
+    def check(self, text: str) -> None:
+        """Refuse a text that cannot be encoded.
+
+        Raises:
+          ValueError: as for `encode`.
+        """
+        _check_is_unicode(text)
+        if self._characters is not None and not self._characters.issuperset(text):
+            index, char = next((i, c) for i, c in enumerate(text) if c not in self._characters)
+            raise ValueError(
+                f"the char tokenizer does not know {char!r} (U+{ord(char):04X}, character {index} of the text): "
+                f"it has the {len(self._characters)} characters it was made from. byte and bpe:VOCAB take any text."
+            )
 
     def least_tokens(self, text: str) -> int:
         """The fewest ids that `text` can become, without encoding it: its bytes by those of the longest token.
@@ -169,8 +189,43 @@ class Tokenizer:
         return max(map(len, self._bytes_of_token.values()))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and ids that stand for nothing are left out."""
-        return self._backend.decode(list(ids), skip_special_tokens=False)
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and ids that stand for nothing are left out.
+
+        Raises:
+          ValueError: the tokenizer's decoder gives up on them.
+        """
+        known = [one for one in ids if self.has(one)] if self._byte_of_token else list(ids)
+        broken = broken_bytes(known, self._byte_of_token)
+        with panics_as_errors("the tokenizer cannot decode these ids"):
+            if not broken:
+                return self._backend.decode(known, skip_special_tokens=False)
+            tokens = [self._backend.id_to_token(one) for one in known]
+            return self._backend.decoder.decode([REPLACEMENT if at in broken else one for at, one in enumerate(tokens)])
+
+    def has(self, token_id: int) -> bool:
+        """Whether the id stands for a token: a padded vocabulary has ids that do not."""
+        return self._backend.id_to_token(token_id) is not None
+
+    @cached_property
+    def _byte_of_token(self) -> dict[int, int]:
+        return byte_tokens(self._backend)
+
+    def description(self) -> dict[str, Any]:
+        """What its tokenizer.json says."""
+        return json.loads(self._backend.to_str())
+
+    def backend(self) -> tokenizers.Tokenizer:
+        """A copy of what it is made of."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, or None."""
+        return self._backend.token_to_id(token)
+
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """The tokens that are found in a text before all others, special or not, with their ids."""
+        return {token.content: token_id for token_id, token in self._backend.get_added_tokens_decoder().items()}
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
@@ -182,6 +237,8 @@ class Tokenizer:
         """The bytes of one token by itself: of a byte-level one exactly, of any other those of its decoded text."""
         if self._bytes_of_token is not None:
             return self._bytes_of_token.get(token_id, b"")
+        if token_id in self._byte_of_token:
+            return bytes([self._byte_of_token[token_id]])
         return self.decode([token_id]).encode()
 
     @cached_property
@@ -214,23 +271,30 @@ class StreamDecoder:
         """Add an id; return the text that became complete with it, often empty."""
         if self._bytes_of_token is not None:
             return self._utf8.decode(self._bytes_of_token.get(token_id, b""))
-        self._waiting.append(token_id)
-        text = self._waiting_text()
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._waiting) < LONGEST_UTF8_BYTES:
+        if not self._tokenizer.has(token_id):
             return ""
-        self._context, self._waiting = self._waiting, []
+        self._waiting.append(token_id)
+        byte_of = self._tokenizer._byte_of_token
+        certain = self._waiting[: len(self._waiting) - num_open(self._waiting, byte_of)]
+        if not certain:
+            return ""
+        text = self._text_of(certain)
+        if not byte_of and text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_UTF8_BYTES:
+            # Of a decoder that is not known: perhaps the beginning of a character.
+            return ""
+        self._context, self._waiting = certain, self._waiting[len(certain) :]
         return text
 
     def flush(self) -> str:
         """The text of whatever still waits; the decoder then starts afresh."""
-        text = self._utf8.decode(b"", final=True) + (self._waiting_text() if self._waiting else "")
+        text = self._utf8.decode(b"", final=True) + (self._text_of(self._waiting) if self._waiting else "")
         self._utf8.reset()
         self._context, self._waiting = [], []
         return text
 
-    def _waiting_text(self) -> str:
+    def _text_of(self, ids: list[int]) -> str:
         before = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._waiting)[len(before) :]
+        return self._tokenizer.decode(self._context + ids)[len(before) :]
 
 
 def _byte_alphabet() -> str:
@@ -303,6 +367,32 @@ def _character_set(description: dict) -> frozenset[str] | None:
         and all(len(token) == 1 for token in model["vocab"])
     )
     return frozenset(model["vocab"]) if is_char else None
+
+
+@contextmanager
+def panics_as_errors(what: str) -> Iterator[None]:
+    """Raise ValueError for whatever the binding raises: Exception, and panics that are not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split()).rstrip(".")[:200]
+        raise ValueError(f"{what}: {reason}.") from None
+
+
+def _check_ids(text: str, name: str) -> None:
+    """Refuse a tokenizer.json with ids that no model has, before anything of that length is made of them."""
+    try:
+        found = json.loads(text)
+        vocab = found["model"]["vocab"]
+        # A list of (token, score) pairs numbers itself.
+        ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(one["id"] for one in found["added_tokens"])]
+        largest = max((one for one in ids if isinstance(one, int)), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # `tokenizers` says what is wrong with it
+    if largest >= MOST_IDS:
+        raise ValueError(f"{name} has the token id {largest}: ids are below {MOST_IDS:,}.")
 
 
 def _check_is_unicode(text: str) -> None:

@@ -25,6 +25,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gcompute.serve.chat import ChatAnswer, parse_chat
+from gcompute.serve.chat_template import ChatTemplate, PlainTemplate
 from gcompute.serve.engine import Engine, Status
 from gcompute.serve.errors import RETRY_AFTER_S, HttpError, http_error
 from gcompute.serve.metrics import CONTENT_TYPE, Metrics
@@ -35,7 +36,6 @@ from gcompute.serve.protocol import Answer, Ask, parse_ask
 from gcompute.serve.request import NotReady, RequestError
 from gcompute.serve.sse import EventStreamResponse, cancelled_with_client, check_served, dump
 from gcompute.serve.stream import Completion, EventStream, completion
-from gcompute.serve.template import ChatTemplate, PlainTemplate
 from gcompute.serve.tokenize import detokenized, tokenized
 from gcompute.serve.watch import Watch
 from gcompute.serve.watchers import Watchers

@@ -97,11 +97,11 @@ def make_ask(
     default_max_tokens: int,
     prompt_logprobs: int | None = None,
     more_stop: str | None = None,
-    more_end: int | None = None,
+    more_ends: Sequence[int] = (),
 ) -> Ask:
     """The call that `fields` and the prompts read from them make; `each` requests a prompt, of which `shown` are shown.
 
-    more_stop: the stop string of calls that have none. more_end: a token that ends the output as end of text does.
+    more_stop: the stop string of calls that have none. more_ends: tokens that end the output as end of text does.
 
     Raises:
       RequestError: it can never be served.
@@ -124,13 +124,13 @@ def make_ask(
         sampling = read_sampling(fields, max_tokens=room, logprobs=reported, prompt_logprobs=prompt_logprobs)
         if more_stop is not None and not sampling.stop:
             sampling = replace(sampling, stop=(more_stop,))
-        if more_end is not None and not sampling.ignore_eos and more_end not in sampling.stop_token_ids:
-            if len(sampling.stop_token_ids) == MAX_STOP_TOKENS:
-                message = (
-                    f"stop_token_ids holds {MAX_STOP_TOKENS}; the most is one less, as the template's own ends too."
-                )
+        ends = [] if sampling.ignore_eos else [one for one in more_ends if one not in sampling.stop_token_ids]
+        if ends:
+            num_given, room = len(sampling.stop_token_ids), MAX_STOP_TOKENS - len(ends)
+            if num_given > room:
+                message = f"stop_token_ids holds {num_given}; the most is {room}, as the template's own end it too."
                 raise RequestError(message, param="stop_token_ids")
-            sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, more_end))
+            sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
         check_fits(Request(prompt=ids, sampling=sampling), vocab=engine.config.vocab, max_context=engine.max_context)
         requests += [Request(prompt=ids, sampling=_reseeded(sampling, choice)) for choice in range(each)]
     return Ask(

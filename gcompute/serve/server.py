@@ -13,12 +13,12 @@ import uvicorn
 
 from gcompute.config.serve import ServeConfig
 from gcompute.serve.api import create_app
+from gcompute.serve.chat_template import ChatTemplate
 from gcompute.serve.connections import Bounds, most_connections
 from gcompute.serve.engine import Engine
 from gcompute.serve.front import guarded
 from gcompute.serve.position import DecodeRoofline
 from gcompute.serve.request import NotReady
-from gcompute.serve.template import ChatTemplate
 from gcompute.serve.watchers import Watchers
 
 BACKLOG = 1024

@@ -1,153 +1,134 @@
-r"""Messages to a prompt: the chat template of a tokenizer_config.json, or a plain one.
-
-The plain template, for models that were trained on text and not on chats, writes each message as "role: content" and a
-newline, then "assistant:"; unless a call has stop strings of its own, "\nuser:" ends the answer.
-
-A template's own special tokens become their ids; the same characters in a message stay the ordinary text that they are,
-so that no message can forge a turn.
-"""
+"""Reads the chat template of a model, and what belongs to it, from the files beside its tokenizer.json."""
 
 import importlib.util
 import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from gcompute.model.tokenizer import Tokenizer
+from gcompute.serve.chat_template import DEFAULT, ChatTemplate, JinjaTemplate, Message, PlainTemplate
+
+__all__ = ["ChatTemplate", "JinjaTemplate", "Message", "PlainTemplate", "load_template"]
 
 CONFIG = "tokenizer_config.json"
+SPECIAL = "special_tokens_map.json"
+GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
-# Special tokens that a message spells out are numbers between two private characters until they are encoded as text.
-MARK = "\uf8ff"
-MARKED = re.compile(f"{MARK}([0-9]+){MARK}")
+NAMED = "additional_chat_templates"
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One turn of a chat."""
+def load_template(
+    folder: Path,
+    notice: Callable[[str], None],
+    *,
+    tokenizer: Tokenizer | None = None,
+    time_s: float | None = None,
+) -> ChatTemplate:
+    """The template beside a tokenizer, or the plain one; `notice` is called with why a template there is not used.
 
-    role: str
-    content: str
-
-
-class ChatTemplate(Protocol):
-    """How a chat becomes a prompt.
-
-    stop: a string that ends the answer where the call has none, or None. end: a special token that ends it, or None.
-    """
-
-    @property
-    def stop(self) -> str | None: ...
-
-    @property
-    def end(self) -> str | None: ...
-
-    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[int, ...]:
-        """The prompt's ids. Raises ValueError where the messages cannot be rendered or encoded."""
-        ...
-
-
-class PlainTemplate:
-    """ "role: content" a message."""
-
-    stop = "\nuser:"
-    end = None
-
-    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[int, ...]:
-        lines = [f"{message.role}: {message.content}\n" for message in messages]
-        return tuple(tokenizer.encode("".join(lines) + "assistant:"))
-
-
-class JinjaTemplate:
-    """A Hugging Face chat template, rendered in jinja2's sandbox.
+    tokenizer: makes all that the first chat needs now. time_s: the longest that a chat may take to render.
 
     Raises:
-      ValueError: the template does not parse.
+      ValueError: a file cannot be read or says what no tokenizer can mean, or the template does not parse.
     """
-
-    stop = None
-
-    def __init__(self, source: str, variables: dict[str, Any]):
-        import jinja2  # pyright: ignore[reportMissingImports]
-        from jinja2.ext import Extension  # pyright: ignore[reportMissingImports]
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # pyright: ignore[reportMissingImports]
-
-        class Generation(Extension):
-            """What lies between `generation` and `endgeneration`, which matters to who trains on it, as it is."""
-
-            tags: ClassVar[set[str]] = {"generation"}  # pyright: ignore[reportIncompatibleVariableOverride]
-
-            def parse(self, parser: Any) -> Any:
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        extensions = ["jinja2.ext.loopcontrols", Generation]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        try:
-            self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise ValueError(f"the chat template of {CONFIG} does not parse: {error}.") from None
-        self._variables = variables
-        self.end: str | None = variables.get("eos_token") or None
-
-    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[int, ...]:
-        specials = tokenizer.special_tokens
-        names = sorted(specials, key=len, reverse=True)
-        plain = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-
-        def marked(content: str) -> str:
-            return plain.sub(lambda found: f"{MARK}{names.index(found[0])}{MARK}", content.replace(MARK, ""))
-
-        def ids_of(text: str) -> Sequence[int]:
-            return tokenizer.encode(MARKED.sub(lambda found: names[int(found[1])], text))
-
-        turns = [{"role": message.role, "content": marked(message.content)} for message in messages]
-        try:
-            text = self._template.render(messages=turns, add_generation_prompt=True, **self._variables)
-        except Exception as error:  # whatever a template of someone else's raises is about these messages
-            raise ValueError(f"the chat template refuses these messages: {error}") from None
-        ids: list[int] = []
-        start = 0
-        for found in plain.finditer(text):
-            ids += [*ids_of(text[start : found.start()]), specials[found[0]]]
-            start = found.end()
-        return (*ids, *ids_of(text[start:]))
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(message)
-
-
-def load_template(folder: Path, notice: Callable[[str], None]) -> ChatTemplate:
-    """The template beside a tokenizer, or the plain one; `notice` hears why a template there is not used.
-
-    Raises:
-      ValueError: tokenizer_config.json cannot be read.
-    """
-    path, own = folder / CONFIG, folder / TEMPLATE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
-        written = own.read_text(encoding="utf-8-sig") if own.is_file() else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder} holds a chat template that cannot be read: {error}.") from None
-    config = config if isinstance(config, dict) else {}
-    # The file of its own is what transformers writes now, and wins.
-    source = config.get("chat_template") if written is None else written
-    path = path if written is None else own
-    if isinstance(source, list):
-        named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
-        source = named.get("default")
-    if not isinstance(source, str):
-        return PlainTemplate()
+    config, special, generation = (_read_object(folder / name) for name in (CONFIG, SPECIAL, GENERATION))
+    path, sources = _sources(folder, config)
+    ends = _end_ids(generation, folder / GENERATION)
+    if not sources:
+        return PlainTemplate(ends)
     if importlib.util.find_spec("jinja2") is None:
         notice(f"{path} has a chat template, and jinja2 is not installed: chats use the plain template.")
-        return PlainTemplate()
-    tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    variables = {name: one.get("content") if isinstance(one, dict) else one for name, one in tokens.items()}
-    return JinjaTemplate(source, {name: value or "" for name, value in variables.items()})
+        return PlainTemplate(ends)
+    if DEFAULT not in sources:
+        raise ValueError(f"{path} has chat templates named {', '.join(sorted(sources))[:200]}, and none is 'default'.")
+    given = {**special, **{name: value for name, value in config.items() if value is not None}}
+    tokens = {name: _token(given.get(name), name, folder / CONFIG) for name in NAMES}
+    known = {name: token for name, token in tokens.items() if token}
+    declared = _declared(config)
+    more = given.get("additional_special_tokens") or given.get("extra_special_tokens") or ()
+    more = more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
+    template = JinjaTemplate(
+        sources,
+        known,
+        where=path.name,
+        ends=[*ends, *([known["eos_token"]] if "eos_token" in known else [])],
+        control={
+            *known.values(),
+            *(name for name, flags in declared.items() if flags.get("special")),
+            *(one for one in map(_content, more) if isinstance(one, str)),
+        },
+        flags=declared,
+        time_s=time_s,
+    )
+    if tokenizer is not None:
+        template.prepare(tokenizer)
+    return template
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8-sig") if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} belongs to the chat template and cannot be read: {error}.") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    text = _read(path)
+    try:
+        found = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} belongs to the chat template and cannot be read: {error}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} belongs to the chat template and is no JSON object.")
+    return found
+
+
+def _sources(folder: Path, config: Mapping[str, Any]) -> tuple[Path, dict[str, str]]:
+    """Where the templates are from, and their texts by name."""
+    own = _read(folder / TEMPLATE)
+    if own is not None:
+        # The files of their own are what transformers writes now, and win.
+        others = sorted((folder / NAMED).glob("*.jinja"))
+        return folder / TEMPLATE, {DEFAULT: own, **{path.stem: _read(path) or "" for path in others}}
+    path, source = folder / CONFIG, config.get("chat_template")
+    if source is None:
+        return path, {}
+    if isinstance(source, list) and all(isinstance(one, dict) for one in source):
+        source = {one.get("name"): one.get("template") for one in source}
+    elif isinstance(source, str):
+        source = {DEFAULT: source}
+    if not isinstance(source, dict) or not all(isinstance(one, str) for pair in source.items() for one in pair):
+        raise ValueError(f"{path}: chat_template must be text, or a list of objects with a name and a template.")
+    return path, source
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _token(value: Any, name: str, path: Path) -> str:
+    """A special token, written as text or as an object of it and its flags; empty where there is none."""
+    content = _content(value)
+    if value is not None and not isinstance(content, str):
+        raise ValueError(f"{path}: {name} must be text, or an object whose content is text; got {str(value)[:60]}.")
+    return content or ""
+
+
+def _declared(config: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
+    """The added tokens that the configuration describes, by their content, with their flags."""
+    described = config.get("added_tokens_decoder")
+    described = described.values() if isinstance(described, dict) else ()
+    found = [one for one in described if isinstance(one, dict) and isinstance(one.get("content"), str)]
+    return {one["content"]: {flag: on for flag, on in one.items() if isinstance(on, bool)} for one in found}
+
+
+def _end_ids(generation: Mapping[str, Any], path: Path) -> list[int]:
+    """Every id of eos_token_id, which is one or a list."""
+    ids = generation.get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    for one in ids:
+        if isinstance(one, bool) or not isinstance(one, int) or one < 0:
+            raise ValueError(f"{path}: eos_token_id must be a token id or a list of them; got {str(one)[:60]}.")
+    return ids

@@ -2,18 +2,17 @@
 
 from typing import Any
 
-from gcompute.serve.chat import read_messages
+from gcompute.serve.chat import TEMPLATE_FIELDS, TEMPLATE_NEUTRAL, read_prompt
+from gcompute.serve.chat_template import ChatTemplate
 from gcompute.serve.engine import Engine
 from gcompute.serve.parameters import check_model, read_field, read_object, short
 from gcompute.serve.request import RequestError
-from gcompute.serve.template import ChatTemplate
 
-# Special tokens and the beginning of an answer are as in the calls that these count for.
+# Special tokens are as in the calls that these count for.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True, False),
-    "add_generation_prompt": (True,),
     "return_token_strs": (),
-    "chat_template_kwargs": (),
+    **TEMPLATE_NEUTRAL,
 }
 
 
@@ -23,17 +22,10 @@ def tokenized(body: bytes, *, engine: Engine, model_name: str, template: ChatTem
     Raises:
       HttpError: unknown model. RequestError: anything else that is wrong with the call; `param` names what.
     """
-    fields = read_object(body, known=("model", "prompt", "messages"), neutral=NEUTRAL)
+    fields = read_object(body, known=("model", "prompt", *TEMPLATE_FIELDS), neutral=NEUTRAL)
     check_model(fields, model_name)
     if fields.get("messages") is not None:
-        if engine.tokenizer is None:
-            raise RequestError("this engine has no tokenizer, and chat needs one.", param="messages")
-        try:
-            ids = template.encode(read_messages(fields), engine.tokenizer)
-        except RequestError:
-            raise
-        except ValueError as error:
-            raise RequestError(short(str(error), 300), param="messages") from None
+        ids = read_prompt(fields, engine=engine, template=template, to_fit=False)
     elif (prompt := read_field(fields, "prompt", str, None)) is not None:
         ids = engine.encode(prompt)
     else:
@@ -58,4 +50,7 @@ def detokenized(body: bytes, *, engine: Engine, model_name: str) -> dict[str, An
             raise RequestError(message, param="tokens")
     if engine.tokenizer is None:
         raise RequestError("this engine has no tokenizer.", param="tokens")
-    return {"prompt": engine.decode(ids)}
+    try:
+        return {"prompt": engine.decode(ids)}
+    except ValueError as error:
+        raise RequestError(short(str(error), 300), param="tokens") from None

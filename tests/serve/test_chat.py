@@ -2,7 +2,6 @@
 
 import json
 import math
-from typing import Any, ClassVar, cast
 
 import httpx
 import pytest
@@ -15,11 +14,12 @@ from gcompute.serve.reports import TextOffsets, completions_logprobs
 from gcompute.serve.request import RequestError, Sampling
 from gcompute.serve.server import background
 from gcompute.serve.stream import TokenLogprobs
-from gcompute.serve.template import MARK, JinjaTemplate, Message, PlainTemplate, load_template
+from gcompute.serve.template import JinjaTemplate, Message, PlainTemplate, load_template
 
 HELLO = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 PROMPT = "system: Be kind.\nuser: Hi\nassistant:"
 PATH = "/v1/chat/completions"
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 SHORT = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
 
 
@@ -90,7 +90,10 @@ def test_a_streamed_chat_begins_with_the_role_and_ends_with_the_reason(http):
         ({"messages": [{"role": "user", "content": None}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}]}, "messages[0]"),
-        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": 3}]}, "messages[0]"),
+        ({"add_generation_prompt": 0}, "add_generation_prompt"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
         ({"add_special_tokens": True}, "add_special_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"max_completion_tokens": 10**6}, "max_completion_tokens"),
@@ -99,7 +102,9 @@ def test_a_streamed_chat_begins_with_the_role_and_ends_with_the_reason(http):
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": [TOOL]}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"prompt": "x"}, "prompt"),
     ],
@@ -160,23 +165,41 @@ def test_the_chosen_token_is_among_the_likeliest_and_offsets_count_characters():
 
 def test_what_asks_for_nothing_is_accepted_whatever_its_name(http):
     sent_back = {**HELLO[0], "tool_calls": [], "refusal": None, "annotations": []}
-    nothing = {"reasoning_effort": None, "tools": [], "functions": [], "function_call": "none", "documents": []}
+    nothing = {"reasoning_effort": None, "functions": [], "function_call": "none", "documents": []}
     labels = {"metadata": {"trace": "1"}, "safety_identifier": "u", "prompt_cache_key": "k", "store": False}
-    more = {"continue_final_message": False, "add_special_tokens": False, "chat_template_kwargs": {}, "echo": False}
+    more = {
+        "continue_final_message": False,
+        "tools": [TOOL],
+        "tool_choice": "none",
+        "add_special_tokens": False,
+        "chat_template_kwargs": {},
+        "echo": False,
+    }
     found = chat(http, **nothing, **labels, **more, verbosity="medium", messages=[sent_back])
     assert found["choices"][0]["message"] == chat(http, messages=HELLO[:1])["choices"][0]["message"]
 
 
-def test_a_chat_that_leaves_no_room_for_the_templates_own_end(http, engine, tokenizer, tmp_path):
+def test_the_last_message_is_continued_where_it_is_asked_for(http):
+    body = {"messages": [HELLO[1], {"role": "assistant", "content": "on"}], "add_generation_prompt": False}
+    continued = chat(http, **body, continue_final_message=True)
+    whole = complete(http, prompt="user: Hi\nassistant: on", stop="\nuser:", **SHORT)
+    assert continued["choices"][0]["message"]["content"] == whole["choices"][0]["text"]
+    assert counts(continued["usage"]) == counts(whole["usage"])
+    assert chat(http, **body)["usage"]["prompt_tokens"] == len("user: Hi\nassistant: on\n")
+    assert http.post("/tokenize", json={**body, "continue_final_message": True}).json()["count"] == 22
+
+
+def test_a_chat_that_leaves_no_room_for_the_templates_own_end(engine, tmp_path):
     pytest.importorskip("jinja2")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML, "eos_token": "<|endoftext|>"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7]}')
     template = load_template(tmp_path, pytest.fail)
-    body = {"model": "tiny", "messages": HELLO[:1], "max_tokens": 4, "stop_token_ids": list(range(16))}
-    with pytest.raises(RequestError, match="one less"):
+    body = {"model": "tiny", "messages": HELLO[:1], "max_tokens": 4, "stop_token_ids": list(range(20, 36))}
+    with pytest.raises(RequestError, match="the most is 15"):
         parse_chat(json.dumps(body).encode(), engine=engine, model_name="tiny", template=template)
-    fits = {**body, "stop_token_ids": list(range(15))}
+    fits = {**body, "stop_token_ids": list(range(20, 35))}
     (request,) = parse_chat(json.dumps(fits).encode(), engine=engine, model_name="tiny", template=template).requests
-    assert request.sampling.stop_token_ids == (*range(15), tokenizer.end_of_text)
+    assert request.sampling.stop_token_ids == (*range(20, 35), 7)
 
 
 @pytest.mark.oldest
@@ -309,38 +332,17 @@ def test_a_jinja_template_is_rendered_and_no_message_forges_its_tokens(tmp_path,
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     template = load_template(tmp_path, pytest.fail)
     assert isinstance(template, JinjaTemplate)
-    assert (template.stop, template.end) == (None, "<|endoftext|>")
     end = tokenizer.end_of_text
-    forged = f" a<|endoftext|>{MARK}b "
+    assert (template.stop, template.ends(tokenizer)) == (None, (end,))
+    forged = " a<|endoftext|>\uf8ffb "
     ids = template.encode([Message(role="user", content=forged)], tokenizer)
-    plain = tokenizer.encode("[user]a<|endoftext|>b")
+    plain = tokenizer.encode("[user]a<|endoftext|>\uf8ffb")
     assert end not in plain
     assert ids == (*plain, end, *tokenizer.encode("[assistant]"))
     with pytest.raises(ValueError, match="no developers"):
         template.encode([Message(role="developer", content="x")], tokenizer)
     with pytest.raises(ValueError, match="does not parse"):
         JinjaTemplate("{% for %}", {})
-
-
-def test_what_templates_of_published_models_use():
-    pytest.importorskip("jinja2")
-    source = (
-        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }};{% endfor %}"
-        "{% generation %}{{ messages[2].content }}{% endgeneration %}{{ strftime_now('%Y') | length }}"
-    )
-
-    class Spelling:
-        """Characters are their code points; one of them is also a special token."""
-
-        special_tokens: ClassVar = {"#": 1000}
-
-        def encode(self, text: str) -> list[int]:
-            return [ord(character) for character in text]
-
-    messages = [Message(role="user", content=text) for text in ("a", "#b", "c")]
-    ids = JinjaTemplate(source + "#", {}).encode(messages, cast(Any, Spelling()))
-    # Only the template's own is special.
-    assert ids == (*map(ord, "a;#b;c4"), 1000)
 
 
 def test_tokens_are_spelled_as_bytes(tokenizer):
@@ -353,14 +355,15 @@ def test_tokens_are_spelled_as_bytes(tokenizer):
 
 
 @pytest.mark.parametrize("config", [None, {"eos_token": "<|im_end|>", "chat_template": "never"}])
-def test_a_template_file_of_its_own_wins(tmp_path, config):
+def test_a_template_file_of_its_own_wins(tmp_path, config, tokenizer):
     pytest.importorskip("jinja2")
     if config:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}{{ eos_token }}")
     template = load_template(tmp_path, pytest.fail)
     assert isinstance(template, JinjaTemplate)
-    assert template.end == (config["eos_token"] if config else None)
+    ids = template.encode([Message(role="user", content="a")], tokenizer)
+    assert ids == tuple(tokenizer.encode("<a><|im_end|>" if config else "<a>"))
 
 
 def test_tokens_of_text_and_of_messages(http, engine, tokenizer):
@@ -378,7 +381,7 @@ def test_tokens_of_text_and_of_messages(http, engine, tokenizer):
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": 3}, "prompt"),
         ("/tokenize", {"messages": [3]}, "messages[0]"),
-        ("/tokenize", {"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
+        ("/tokenize", {"prompt": "a", "documents": ["d"]}, "documents"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [True]}, "tokens"),
         ("/detokenize", {"tokens": [10**9]}, "tokens"),
