@@ -142,17 +142,20 @@ class _Api:
         return _json(await run_in_threadpool(answer, await _read_body(request, self._max_body_bytes)))
 
     async def _complete(self, request: Request, parse: Parse, answer_type: type[Answer]) -> Response:
+        # One limit for reading, rendering, tokenizing and making.
+        end_s = None if self._timeout_s is None else asyncio.get_running_loop().time() + self._timeout_s
         try:
             self._check_key(request)
-            body = await _read_body(request, self._max_body_bytes)
-            ask = await run_in_threadpool(parse, body)
-            await run_in_threadpool(self._engine.prepare, ask.requests)
+            async with asyncio.timeout_at(end_s):
+                body = await _read_body(request, self._max_body_bytes)
+                ask = await run_in_threadpool(parse, body)
+                await run_in_threadpool(self._engine.prepare, ask.requests)
             answer = answer_type(ask, self._engine)
             streams = self._engine.submit_all(ask.requests)
             if ask.stream:
-                return EventStreamResponse(self._engine, ask, answer, streams, self._timeout_s)
+                return EventStreamResponse(self._engine, ask, answer, streams, end_s)
             following = cancelled_with_client(self._engine, streams, request.receive)
-            async with following as gone, asyncio.timeout(self._timeout_s):
+            async with following as gone, asyncio.timeout_at(end_s):
                 done = await asyncio.gather(*map(_collect, streams))
             if gone.is_set():
                 return UNREAD

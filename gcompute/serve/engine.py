@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Self
@@ -217,6 +217,12 @@ class Engine:
         """The bytes of one token; empty without a tokenizer."""
         return b"" if self.tokenizer is None else self.tokenizer.spell(token_id)
 
+    def hidden(self, sampling: Sampling) -> Collection[int]:
+        """The ids that a request's text leaves out."""
+        if self.tokenizer is None or not sampling.skip_special_tokens:
+            return ()
+        return self.tokenizer.special_tokens.values()
+
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -277,6 +283,7 @@ class Engine:
             decoder=decoder,
             ends={self._end_token(sampling), *sampling.stop_token_ids},
             arrived_s=time.perf_counter(),
+            hidden=self.hidden(sampling),
             grammar=grammar,
         )
         return stream

@@ -21,12 +21,12 @@ LABELS = ("safety_identifier", "prompt_cache_key", "metadata")
 SHARED = (
     *("model", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "ignore_eos"),
-    *("response_format", "stream", "stream_options", "n", "user", *LABELS),
+    *("skip_special_tokens", "response_format", "stream", "stream_options", "n", "user", *LABELS),
 )
 # Handed to Sampling as they came.
 PLAIN = (
     *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "skip_special_tokens"),
 )
 
 Neutral = Mapping[str, tuple[Any, ...]]
@@ -34,7 +34,6 @@ Neutral = Mapping[str, tuple[Any, ...]]
 # Parameters of OpenAI's and vLLM's calls that are not built, with values that ask for nothing, beside EMPTY.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
-    "skip_special_tokens": (),
     "spaces_between_special_tokens": (True,),
     "include_stop_str_in_output": (),
     "use_beam_search": (),

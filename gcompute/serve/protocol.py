@@ -266,7 +266,13 @@ class Answer:
         request = self._ask.requests[index]
         begins = request.prompt[:1] if first and request.sampling.prompt_logprobs is not None else ()
         reports = (*begins, *read, *(() if self._ask.silent else made))
-        return completions_logprobs(reports, self._engine.spell, self._offsets[index])
+        return completions_logprobs(
+            reports,
+            self._engine.spell,
+            self._offsets[index],
+            num_read=len(begins) + len(read),
+            hidden=self._engine.hidden(request.sampling),
+        )
 
     def _reason(self, ended: Finished | Completion) -> Reason:
         return Reason.LENGTH if self._ask.silent and ended.reason in SERVED else ended.reason

@@ -1,7 +1,7 @@
 """Log-probabilities in OpenAI's two shapes, that of completions and that of chat."""
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from gcompute.serve.stream import TokenLogprobs
@@ -31,10 +31,18 @@ class TextOffsets:
         return at
 
 
-def completions_logprobs(reports: Sequence[TokenLogprobs | int], spell: Spell, offsets: TextOffsets) -> dict[str, Any]:
+def completions_logprobs(
+    reports: Sequence[TokenLogprobs | int],
+    spell: Spell,
+    offsets: TextOffsets,
+    *,
+    num_read: int = 0,
+    hidden: Collection[int] = (),
+) -> dict[str, Any]:
     """Four parallel lists; the chosen token is among the likeliest, as one more if it is not one of them.
 
-    An id instead of a report is the first token of a prompt, which has nothing before it: its values are null.
+    An id instead of a report is the first token of a prompt, which has nothing before it: its values are null. Of the
+    reports the first `num_read` are of a prompt; after those, `hidden` ids have no place in the text.
     """
 
     def likeliest(one: TokenLogprobs | int) -> dict[str, float] | None:
@@ -44,12 +52,14 @@ def completions_logprobs(reports: Sequence[TokenLogprobs | int], spell: Spell, o
             token_text(spell(token)): max(logprob, LEAST) for token, logprob in (*one.top, (one.token, one.logprob))
         }
 
-    spelled = [spell(one if isinstance(one, int) else one.token) for one in reports]
+    ids = [one if isinstance(one, int) else one.token for one in reports]
+    spelled = [spell(token) for token in ids]
+    shown = [b"" if at >= num_read and ids[at] in hidden else token for at, token in enumerate(spelled)]
     return {
         "tokens": [token_text(token) for token in spelled],
         "token_logprobs": [None if isinstance(one, int) else max(one.logprob, LEAST) for one in reports],
         "top_logprobs": [likeliest(one) for one in reports],
-        "text_offset": [offsets.next(token) for token in spelled],
+        "text_offset": [offsets.next(token) for token in shown],
     }
 
 

@@ -48,6 +48,7 @@ class Sampling:
     chosen one, by the model's own probabilities, before any setting acts; None reports nothing. prompt_logprobs: the
     same of the prompt's tokens but the first; such a prompt is read whole, whatever the prefix cache has. json_schema:
     the JSON text of a schema that the output meets, unless max_tokens cuts it off; it ends where that does.
+    skip_special_tokens: the text leaves out control tokens, which the ids have.
 
     Raises:
       RequestError: a value has the wrong type or is out of range.
@@ -70,6 +71,7 @@ class Sampling:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     json_schema: str | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         int32 = 2**31 - 1
@@ -90,10 +92,9 @@ class Sampling:
         for name in ("logprobs", "prompt_logprobs"):
             if (number := getattr(self, name)) is not None:
                 _check(number, name, whole=True, low=0, high=MAX_TOP_LOGPROBS, legal=legal)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(
-                f"ignore_eos must be true or false, got {str(self.ignore_eos)[:40]}.", param="ignore_eos"
-            )
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {str(value)[:40]}.", param=name)
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise RequestError("stop must be strings that are not empty.", param="stop")
         if len(self.stop) > MAX_STOP_STRINGS:

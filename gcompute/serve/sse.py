@@ -24,13 +24,14 @@ COMMENT = b": waiting\n\n"
 
 
 class EventStreamResponse(Response):
-    """One chunk for each block of tokens, then [DONE]; after a failure, or `timeout_s`, one error event instead."""
+    """One chunk for each block of tokens, then [DONE]; after a failure, or past `end_s`, one error event instead.
+
+    end_s: on the event loop's clock; None: no limit.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, engine: Engine, ask: Ask, answer: Answer, streams: Sequence[EventStream], timeout_s: float | None
-    ):
+    def __init__(self, engine: Engine, ask: Ask, answer: Answer, streams: Sequence[EventStream], end_s: float | None):
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -38,7 +39,7 @@ class EventStreamResponse(Response):
         self._ask = ask
         self._answer = answer
         self._streams = streams
-        self._timeout_s = timeout_s
+        self._end_s = end_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         spoken = asyncio.Event()
@@ -57,7 +58,7 @@ class EventStreamResponse(Response):
         async with cancelled_with_client(self._engine, self._streams, receive):
             end = {"type": "http.response.body", "body": b"", "more_body": False}
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout_at(self._end_s):
                     await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                     async with _beside(break_silence()):
                         async for data in self._events():

@@ -243,7 +243,8 @@ class Decoder(Protocol):
 class Output:
     """Turns the tokens chosen for one request into its events, and knows when they end it.
 
-    ends: the ids that end the output. grammar: what allows each. Times are seconds on one monotonic clock.
+    ends: the ids that end the output. hidden: those that have no text. grammar: what allows each. Times are seconds on
+    one monotonic clock.
     """
 
     def __init__(
@@ -253,12 +254,14 @@ class Output:
         decoder: Decoder | None,
         ends: Collection[int],
         arrived_s: float,
+        hidden: Collection[int] = (),
         grammar: Grammar | None = None,
     ):
         self.stream = stream
         self.num_tokens = 0
         self._decoder = decoder
         self._ends = ends
+        self._hidden = hidden
         self.grammar = grammar
         self._finder = StopFinder(stream.request.sampling.stop)
         self._arrived_s = arrived_s
@@ -295,7 +298,7 @@ class Output:
                 reason = Reason.STOP
                 break
             shown.append(token)
-            if self._decoder is not None:
+            if self._decoder is not None and token not in self._hidden:
                 piece = self._decoder.push(token)
                 # Text of the first min_tokens ends nothing.
                 text.append(self._finder.push(piece) if self.num_tokens >= sampling.min_tokens else piece)

@@ -111,6 +111,23 @@ def test_no_prompt_is_an_empty_one(http):
     assert complete(http, prompt=None, **GREEDY)["choices"] == complete(http, **GREEDY)["choices"] == expected
 
 
+def test_control_tokens_are_left_out_of_the_text_unless_asked_for(http, tokenizer):
+    end, letter = tokenizer.end_of_text, ord("a")
+    body = {"prompt": "x", "max_tokens": 4, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    # Turn about, for each that came is the less likely the next time.
+    body |= {"logit_bias": {str(end): 100, str(letter): 100}, "frequency_penalty": 2, "presence_penalty": 2}
+    hidden = complete(http, **body)["choices"][0]
+    assert complete(http, **body, skip_special_tokens=True)["choices"][0] == hidden
+    shown = complete(http, **body, skip_special_tokens=False)["choices"][0]
+    assert shown["logprobs"]["tokens"] == hidden["logprobs"]["tokens"]
+    assert hidden["text"] == shown["text"].replace("<|endoftext|>", "")
+    assert "" != hidden["text"] != shown["text"]
+    for choice in (hidden, shown):
+        columns = choice["logprobs"]
+        for token, at in zip(columns["tokens"], columns["text_offset"], strict=True):
+            assert choice["text"].startswith(token, at) or (choice is hidden and token == "<|endoftext|>")
+
+
 def test_stop_strings_end_the_text_whether_streamed_or_not(http):
     text = complete(http, prompt="once upon", **GREEDY)["choices"][0]["text"]
     stop = text[3:6]

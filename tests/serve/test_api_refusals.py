@@ -56,6 +56,7 @@ LENGTH = "context_length_exceeded"
         ({"prompt": "a", "n": 8}, "prompt"),
         ({"prompt": "a", "echo": 1}, "echo"),
         ({"prompt": "a", "ignore_eos": "no"}, "ignore_eos"),
+        ({"prompt": "a", "skip_special_tokens": 1}, "skip_special_tokens"),
         ({"prompt": "a", "user": 5}, "user"),
         ({"prompt": "a", "model": 5}, "model"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),

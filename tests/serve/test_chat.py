@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import httpx
 import pytest
@@ -9,6 +10,7 @@ from openai_calls import GREEDY, LOCAL, chunks_of, complete, counts, error_of, m
 
 from gcompute.config.serve import ServeConfig
 from gcompute.model.tokenizer import Tokenizer
+from gcompute.serve import api
 from gcompute.serve.chat import parse_chat
 from gcompute.serve.reports import TextOffsets, completions_logprobs
 from gcompute.serve.request import RequestError, Sampling
@@ -286,6 +288,19 @@ def test_a_call_that_takes_too_long_is_ended_and_its_slot_is_free(engine, gate, 
         wait_until(engine, lambda: engine.stats().num_running == 0)
         assert complete(http, prompt="a", **GREEDY)["usage"]["completion_tokens"] == 12
         error_of(http.post("/v1/completions", json={"prompt": "a" * 100}), 413, code="body_too_large")
+
+
+def test_reading_a_call_is_part_of_its_time(engine, monkeypatch):
+    real = api.parse_ask
+
+    def slow(*arguments, **keywords):
+        time.sleep(0.5)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(api, "parse_ask", slow)
+    with background(engine, ServeConfig(port=0, timeout_s=0.2), model_name="tiny") as url:
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, trust_env=False)
+    error_of(answer, 408, code="timeout")
 
 
 def test_nothing_compiles_after_warmup_whatever_is_asked(http, engine):
