@@ -107,7 +107,6 @@ def test_a_streamed_chat_begins_with_the_role_and_ends_with_the_reason(http):
         ({"tools": [{"type": "function"}]}, "tools[0]"),
         ({"tools": [TOOL]}, "tools"),
         ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"prompt": "x"}, "prompt"),
     ],
 )
