@@ -229,6 +229,6 @@ class ChatAnswer(Answer):
         ended = isinstance(event, Finished)
         delta = {"content": event.text} if event.text or not ended else {}
         logprobs = None
-        if self._ask.logprobs and isinstance(event, Tokens):
+        if self._ask.logprobs and (event.logprobs or not ended):
             logprobs = chat_logprobs(event.logprobs, self._engine.spell)
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.reason if ended else None}

@@ -34,7 +34,8 @@ class Ask:
 
     echoes: prompt text before each request's output. num_shown: choices shown for a prompt, the best of its requests.
     logprobs: whether choices report them, and with an echo those of the prompt too. silent: max_tokens is 0, to score
-    the echoed prompt: the one token that the engine makes all the same is not shown.
+    the echoed prompt: the one token that the engine makes all the same is not shown. first_offsets: where in prompt and
+    output the first token begins that is reported.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Ask:
     continuous_usage: bool
     logprobs: bool
     silent: bool = False
+    first_offsets: tuple[int, ...] = ()
 
     @property
     def num_per_prompt(self) -> int:
@@ -78,11 +80,13 @@ def parse_ask(body: bytes, *, engine: Engine, model_name: str) -> Ask:
         prompt_logprobs=logprobs if echo else None,
         default_max_tokens=DEFAULT_MAX_TOKENS,
     )
-    if not echo:
+    if not echo and logprobs is None:
         return ask
     # The ids are known to be the model's by now.
-    texts = [text if text is not None else engine.decode(ids) for text, ids in prompts]
-    return replace(ask, echoes=tuple(text for text in texts for _ in range(best_of)), silent=silent)
+    texts = tuple(text if text is not None else engine.decode(ids) for text, ids in prompts for _ in range(best_of))
+    if echo:
+        return replace(ask, echoes=texts, silent=silent)
+    return replace(ask, first_offsets=tuple(map(len, texts)))
 
 
 def make_ask(
@@ -137,6 +141,7 @@ def make_ask(
         model=model_name,
         requests=tuple(requests),
         echoes=("",) * len(requests),
+        first_offsets=(0,) * len(requests),
         num_prompts=len(prompts),
         num_shown=shown,
         stream=stream,
@@ -201,8 +206,8 @@ class Answer:
         self._ask = ask
         self._engine = engine
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": ask.model}
-        # The tokens of an echoed prompt are reported like those after it, where any are.
-        self._offsets = [TextOffsets(0 if ask.logprobs else len(echo)) for echo in ask.echoes]
+        # As OpenAI does, from the prompt's beginning, whether or not it is shown.
+        self._offsets = [TextOffsets(first) for first in ask.first_offsets]
 
     def whole(self, done: Sequence[Completion]) -> dict[str, Any]:
         """The answer that the completions of all requests make."""
@@ -252,7 +257,8 @@ class Answer:
     def delta(self, index: int, event: Tokens | Finished, echo: str) -> dict[str, Any]:
         text = echo + ("" if self._ask.silent else event.text)
         if isinstance(event, Finished):
-            return {"index": index, "text": text, "logprobs": None, "finish_reason": self._reason(event)}
+            logprobs = self._logprobs(index, event.logprobs, (), first=False) if event.logprobs else None
+            return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self._reason(event)}
         logprobs = self._logprobs(index, event.logprobs, event.prompt_logprobs, first=not event.ids)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
 

@@ -72,8 +72,9 @@ class TokenLogprobs:
 class Tokens:
     """New token ids, and the text that is certain with them: a character or a stop string may still go on.
 
-    logprobs: one for each id where the request asks for them, and none otherwise. prompt_logprobs: likewise, of all
-    tokens of the prompt but the first, in an event that comes before any id.
+    logprobs: one for each id where the request asks for them, and none otherwise; with stop strings, of the tokens
+    whose text has begun to come out, so that in the end none is of a stop string. prompt_logprobs: of all tokens of the
+    prompt but the first, in an event that comes before any id.
     """
 
     ids: tuple[int, ...]
@@ -84,13 +85,14 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The last event of every request. `text` is what was still held back; `error` says what went wrong."""
+    """The last event of every request. `text` and `logprobs` were still held back; `error` says what went wrong."""
 
     reason: Reason
     text: str
     usage: Usage
     timing: Timing
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 Event = Tokens | Finished
@@ -184,7 +186,7 @@ def completion(events: list[Event]) -> Completion:
         usage=last.usage,
         timing=last.timing,
         error=last.error,
-        logprobs=tuple(one for event in tokens if isinstance(event, Tokens) for one in event.logprobs),
+        logprobs=tuple(one for event in events for one in event.logprobs),
         prompt_logprobs=tuple(one for event in tokens if isinstance(event, Tokens) for one in event.prompt_logprobs),
     )
 
@@ -269,6 +271,9 @@ class Output:
         self._num_cached = 0
         self._first_token_s: float | None = None
         self._of_prompt: list[TokenLogprobs] = []
+        # Reports of tokens whose text is held back, each with where in the output its text begins.
+        self._held: list[tuple[int, TokenLogprobs]] = []
+        self._num_decoded = self._num_out = 0
 
     def admit(self, now_s: float, *, num_cached: int) -> None:
         """Note that the request has its slot, and how many of its tokens were cached; the first time alone counts."""
@@ -292,16 +297,20 @@ class Output:
         shown: list[int] = []
         text: list[str] = []
         reason = None
-        for token in tokens:
+        for at, token in enumerate(tokens):
             self.num_tokens += 1
             if token in self._ends:
                 reason = Reason.STOP
                 break
             shown.append(token)
+            if logprobs:
+                self._held.append((self._num_decoded, logprobs[at]))
             if self._decoder is not None and token not in self._hidden:
                 piece = self._decoder.push(token)
                 # Text of the first min_tokens ends nothing.
                 text.append(self._finder.push(piece) if self.num_tokens >= sampling.min_tokens else piece)
+                self._num_decoded += len(piece)
+                self._num_out += len(text[-1])
                 if self._finder.found:
                     reason = Reason.STOP
                     break
@@ -314,8 +323,15 @@ class Output:
                 reason = Reason.LENGTH
                 break
         if shown:
-            self.stream.put(Tokens(ids=tuple(shown), text="".join(text), logprobs=tuple(logprobs[: len(shown)])))
+            self.stream.put(Tokens(ids=tuple(shown), text="".join(text), logprobs=self._reports()))
         return reason
+
+    def _reports(self, *, last: bool = False) -> tuple[TokenLogprobs, ...]:
+        """Of the tokens whose text has begun to come out; of all that are left, where no text can be held back."""
+        everything = not self.stream.request.sampling.stop or (last and not self._finder.found)
+        ready = [report for start, report in self._held if everything or start < self._num_out]
+        self._held = [] if everything else [one for one in self._held if one[0] >= self._num_out]
+        return tuple(ready)
 
     def finish(self, reason: Reason, now_s: float, error: str | None = None) -> Finished:
         """Put out the last event, with the text that was held back unless a stop string or an error cut it off.
@@ -326,6 +342,7 @@ class Output:
         if self._decoder is not None and reason in SERVED:
             try:
                 tail = self._finder.push(self._decoder.flush()) + self._finder.flush()
+                self._num_out += len(tail)
                 reason = Reason.STOP if self._finder.found else reason
             except Exception as failure:
                 log.exception("request %d: its last text could not be made", self.stream.request_id)
@@ -344,6 +361,7 @@ class Output:
                 total_s=now_s - self._arrived_s,
             ),
             error=error,
+            logprobs=self._reports(last=True),
         )
         self.stream.put(event)
         return event

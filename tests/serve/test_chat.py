@@ -143,7 +143,8 @@ def test_logprobs_of_a_completion(http, engine, tokenizer):
         # Greedy: the likeliest is the one chosen.
         assert max(tops.values()) == pytest.approx(one.logprob)
     for token, offset in zip(report["tokens"], report["text_offset"], strict=True):
-        assert body["text"][offset] == (token if token.isascii() and len(token) == 1 else "\ufffd")
+        # Counted from the prompt's beginning, as OpenAI does.
+        assert body["text"][offset - 4] == (token if token.isascii() and len(token) == 1 else "\ufffd")
     response = http.post("/v1/completions", json={"prompt": "once", "logprobs": 3, "stream": True, **GREEDY})
     joined: dict[str, list] = {name: [] for name in report}
     for chunk in chunks_of(response.text)[:-1]:
@@ -152,6 +153,28 @@ def test_logprobs_of_a_completion(http, engine, tokenizer):
     assert joined == report
     none = complete(http, prompt="once", logprobs=0, **GREEDY)["choices"][0]["logprobs"]["top_logprobs"]
     assert none == [dict([likeliest]) for likeliest in zip(report["tokens"], report["token_logprobs"], strict=True)]
+
+
+@pytest.mark.parametrize("start", [3, 9])
+def test_no_report_is_of_a_stop_string_and_no_other_is_lost(http, engine, start):
+    asked = {"prompt": "once upon", "logprobs": 1, **GREEDY, "max_tokens": 40}
+    free = complete(http, **asked)["choices"][0]
+    stop = free["text"][start : start + 5]
+    end = free["text"].index(stop)
+    whole = complete(http, **asked, stop=[stop])["choices"][0]
+    assert whole["text"] == free["text"][:end]
+    kept = [at for at, offset in enumerate(free["logprobs"]["text_offset"]) if offset - 9 < end]
+    assert whole["logprobs"] == {name: [values[at] for at in kept] for name, values in free["logprobs"].items()}
+    response = http.post("/v1/completions", json={**asked, "stop": [stop], "stream": True})
+    reports = [chunk["choices"][0]["logprobs"] for chunk in chunks_of(response.text)[:-1]]
+    joined = {name: [value for one in reports if one for value in one[name]] for name in whole["logprobs"]}
+    assert joined == whole["logprobs"]
+    # One that begins like a stop string and is none, held back to the end, is reported all the same.
+    never = complete(http, **asked, stop=[free["text"][-3:] + "?"])["choices"][0]
+    assert (never["text"], never["logprobs"]) == (free["text"], free["logprobs"])
+    told = chat(http, logprobs=True, stop=[stop], max_tokens=20, temperature=0)["choices"][0]
+    spelled = b"".join(bytes(one["bytes"]) for one in told["logprobs"]["content"])
+    assert spelled.decode(errors="replace") == told["message"]["content"]
 
 
 def test_the_chosen_token_is_among_the_likeliest_and_offsets_count_characters():
