@@ -9,9 +9,12 @@ from gcompute.aot.xla_flags import FAST_COMPILES, add_flags
 
 pytest_plugins = ["selection", "shared_programs"]
 
-# Shells start what runs in the background with Ctrl-C ignored, and so would be the programs that tests interrupt.
+# Shells start what runs in the background with Ctrl-C ignored, and nohup with SIGHUP; so would be the programs that
+# tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
