@@ -114,12 +114,6 @@ class Tokenizer:
         """One more than the largest id: the number of rows that an embedding needs."""
         return max(self._backend.get_vocab().values()) + 1
 
-    def unused_ids(self, vocab: int) -> tuple[range, ...]:
-        """The ids below `vocab` that stand for no token, in runs: those of an embedding that was padded, and gaps."""
-        ends = [*sorted({*self._backend.get_vocab().values()}), vocab]
-        starts = [0, *(token_id + 1 for token_id in ends)]
-        return tuple(range(start, end) for start, end in zip(starts, ends, strict=False) if start < end)
-
     @cached_property
     def end_of_text(self) -> int | None:
         """The id that ends a document, or None: a character tokenizer has none."""

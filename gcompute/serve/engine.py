@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Self
@@ -20,25 +20,25 @@ from gcompute.config.model import ModelConfig
 from gcompute.config.serve import ServeConfig
 from gcompute.model.tokenizer import StreamDecoder, Tokenizer
 from gcompute.model.transformer import Params
-from gcompute.serve.adjustments import NO_TOKEN
 from gcompute.serve.assembly import engine_shape
 from gcompute.serve.choices import read_row
 from gcompute.serve.compilation import Program, list_programs, scoring_programs
-from gcompute.serve.grammar import Grammars, mask_words
+from gcompute.serve.grammar import mask_words
 from gcompute.serve.observation import observe
 from gcompute.serve.offline import complete_all, make_requests, progress_bar
-from gcompute.serve.request import NotReady, Request, RequestError, Sampling, check_fits
+from gcompute.serve.request import NotReady, Request, Sampling, check_fits
 from gcompute.serve.runner import Runner
 from gcompute.serve.scheduler import Scheduler
 from gcompute.serve.state import new_row
 from gcompute.serve.stats import EngineStats, LastDecode, Status
 from gcompute.serve.stream import Completion, EventStream, Finished, Output, Reason, TokenLogprobs
+from gcompute.serve.vocabulary import Vocabulary
 from gcompute.serve.work import Decode, Prefill, SwapIn, SwapOut, Work
 
 log = logging.getLogger(__name__)
 
 
-class Engine:
+class Engine(Vocabulary):
     """Continuous batching of one model on one device. Use it as a context manager, or call `start` and `close`.
 
     draft: parameters and configuration of a smaller model of the same vocabulary, for `speculate="draft"`.
@@ -57,18 +57,11 @@ class Engine:
         draft: tuple[Params, ModelConfig] | None = None,
     ):
         serve = serve or ServeConfig()
-        if tokenizer is not None and tokenizer.vocab_size > config.vocab:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab}: give the model's own."
-            )
-        shape = engine_shape(config, serve, draft[1] if draft else None)
-        if tokenizer is not None:
-            shape = replace(shape, unused=tokenizer.unused_ids(config.vocab))
+        super().__init__(tokenizer, config.vocab)
+        shape = replace(engine_shape(config, serve, draft[1] if draft else None), unused=self.unused)
         self.config = config
-        self.tokenizer = tokenizer
         self.max_context = shape.limits.max_context
         self._runner = Runner(params, shape, draft[0] if draft else None)
-        self._grammars = Grammars(tokenizer, config.vocab)
         self._scheduler = Scheduler(shape.limits)
         self.max_choices = serve.max_queue + serve.slots
         # Guards all below; the engine's thread holds it only to decide and to record, never while the device runs.
@@ -158,8 +151,6 @@ class Engine:
 
     def submit_all(self, requests: Sequence[Request]) -> list[EventStream]:
         """Queue all of them or none. Raises as `submit` does."""
-        for request in requests:
-            self._check(request)
         self.prepare(requests)
         with self._wake:
             if self._status is not Status.READY:
@@ -173,11 +164,10 @@ class Engine:
         """Compile what these are the first to need, on the caller's thread: schemas, and programs that score prompts.
 
         Raises:
-          RequestError: a schema cannot be followed.
+          RequestError: one can never be served.
         """
         for request in requests:
-            if request.sampling.json_schema is not None:
-                self._grammars.start(request.sampling.json_schema)
+            self._check(request)
             if request.sampling.prompt_logprobs is not None:
                 for program in scoring_programs(self._runner.shape.limits, len(request.prompt)):
                     self._runner.compile(program)
@@ -193,35 +183,6 @@ class Engine:
                 self._wake.notify_all()
             else:
                 self._finish(output, Reason.CANCELLED)
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt; an empty one becomes the end-of-text token, after which documents begin.
-
-        Raises:
-          RequestError: the tokenizer cannot encode it, or there is none.
-        """
-        if self.tokenizer is None:
-            raise RequestError("this engine has no tokenizer: give the prompt as token ids.", param="prompt")
-        if not text and self.tokenizer.end_of_text is not None:
-            return (self.tokenizer.end_of_text,)
-        try:
-            return tuple(self.tokenizer.encode(text))
-        except ValueError as error:
-            raise RequestError(str(error), param="prompt") from None
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; empty without a tokenizer."""
-        return "" if self.tokenizer is None else self.tokenizer.decode(ids)
-
-    def spell(self, token_id: int) -> bytes:
-        """The bytes of one token; empty without a tokenizer."""
-        return b"" if self.tokenizer is None else self.tokenizer.spell(token_id)
-
-    def hidden(self, sampling: Sampling) -> Collection[int]:
-        """The ids that a request's text leaves out."""
-        if self.tokenizer is None or not sampling.skip_special_tokens:
-            return ()
-        return self.tokenizer.special_tokens.values()
 
     def generate(
         self,
@@ -254,13 +215,7 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         check_fits(request, vocab=self.config.vocab, max_context=self.max_context)
-        if request.sampling.stop and self.tokenizer is None:
-            raise RequestError("stop needs a tokenizer, and this engine has none.", param="stop")
-        if request.sampling.json_schema is not None:
-            if self._runner.shape.limits.drafts:
-                reason = "response_format is not for servers that speculate: proposals are not held to a grammar."
-                raise RequestError(reason, param="response_format")
-            self._grammars.start(request.sampling.json_schema)
+        self.check_text(request.sampling, speculates=bool(self._runner.shape.limits.drafts))
 
     def _enter(self, request: Request) -> EventStream:
         request_id, self._next_id = self._next_id, self._next_id + 1
@@ -269,28 +224,20 @@ class Engine:
         stream = EventStream(request, request_id)
         sampling = request.sampling
         reuse = sampling.prompt_logprobs is None
-        grammar = None if sampling.json_schema is None else self._grammars.start(sampling.json_schema)
+        grammar = self.grammar(sampling)
         self._scheduler.add(
-            request_id,
-            prompt=request.prompt,
-            max_tokens=sampling.max_tokens,
-            reuse=reuse,
-            single=grammar is not None,
+            request_id, prompt=request.prompt, max_tokens=sampling.max_tokens, reuse=reuse, single=grammar is not None
         )
         decoder = StreamDecoder(self.tokenizer) if self.tokenizer is not None else None
         self._outputs[request_id] = Output(
             stream,
             decoder=decoder,
-            ends={self._end_token(sampling), *sampling.stop_token_ids},
+            ends={self.end_token(sampling), *sampling.stop_token_ids},
             arrived_s=time.perf_counter(),
             hidden=self.hidden(sampling),
             grammar=grammar,
         )
         return stream
-
-    def _end_token(self, sampling: Sampling) -> int:
-        end = self.tokenizer.end_of_text if self.tokenizer is not None else None
-        return NO_TOKEN if end is None or sampling.ignore_eos else end
 
     # The engine's thread ---------------------------------------------------------------------------------------------
 
@@ -357,7 +304,7 @@ class Engine:
             num_cells=self._runner.shape.num_cells,
             num_words=mask_words(self.config.vocab),
             length=seq.cached,
-            end=self._end_token(sampling),
+            end=self.end_token(sampling),
             seed=sampling.seed,
             allowed=None if output.grammar is None else output.grammar.mask(),
         )
@@ -387,8 +334,7 @@ class Engine:
             for row in work.rows
             if row is not None and (grammar := self._outputs[row.request_id].grammar) is not None
         }
-        if masks:
-            self._runner.bind(masks)
+        self._runner.bind(masks)
         began_s = time.perf_counter()
         choices = self._runner.decode(work)
         took_s = time.perf_counter() - began_s

@@ -46,7 +46,7 @@ class Grammars:
         if self._tokenizer is None or self._tokenizer.end_of_text is None:
             raise _refusal("it needs a tokenizer with an end-of-text token, and this model has none")
         if importlib.util.find_spec("llguidance") is None:
-            raise _refusal("it needs the package llguidance, which this server has not (pip install 'gcompute[serve]')")
+            raise _refusal("llguidance is not installed on this server (pip install 'gcompute[grammar]')")
         import llguidance
 
         with self._lock:

@@ -104,7 +104,9 @@ class Runner:
         self.state = self.compiled[Program("admit")](self.state, np.int32(slot), row)
 
     def bind(self, masks: Mapping[int, np.ndarray]) -> None:
-        """Tell slots which tokens may come next."""
+        """Tell slots which tokens may come next; none: do nothing."""
+        if not masks:
+            return
         slots = np.full(self.shape.limits.slots, self.shape.limits.slots, np.int32)
         allowed = np.zeros((len(slots), mask_words(self.shape.model.vocab)), np.uint32)
         for at, (slot, mask) in enumerate(masks.items()):

@@ -14,7 +14,7 @@ from gcompute.serve.grammar import Grammars
 from gcompute.serve.request import RequestError, Sampling
 from gcompute.serve.stream import Reason
 
-pytest.importorskip("llguidance", reason="needs llguidance (pip install 'gcompute[serve]')")
+pytest.importorskip("llguidance", reason="needs llguidance (pip install 'gcompute[grammar]')")
 
 POINT = {
     "type": "object",
@@ -99,7 +99,7 @@ def test_what_it_needs_is_said(tokenizer, monkeypatch):
     with pytest.raises(RequestError, match="needs a tokenizer with an end-of-text token"):
         Grammars(characters, 3).start(SCHEMA)
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(RequestError, match=r"pip install 'gcompute\[serve\]'"):
+    with pytest.raises(RequestError, match=r"pip install 'gcompute\[grammar\]'"):
         Grammars(tokenizer, 257).start(SCHEMA)
 
 
