@@ -86,10 +86,11 @@ def served() -> Iterator[Callable[..., Server]]:
 
             def stop() -> None:
                 one.released.set()
-                one.server.should_exit = one.server.force_exit = True
-                thread.join()
+                # From Python 3.12 on a server that closes waits for every connection.
                 for client in one.clients:
                     client.close()
+                one.server.should_exit = one.server.force_exit = True
+                thread.join()
 
             stack.callback(stop)
             return one
