@@ -106,9 +106,9 @@ def test_compiles_the_serving_programs(capsys: pytest.CaptureFixture[str], tmp_p
     # Pages of 16 cells, [P, S, K, H] of float32, for keys and values of 2 layers. A device has one of 2 key/value heads
     # and the pages of 2 of 4 slots: two for each, and one that padding is written to.
     pool_bytes = 2 * 2 * (2 * 2 + 1) * 16 * 1 * 8 * 4
-    # All rows of requests are on every device: 64 biases and their tokens, 17 ends, the text in two pages of cells, 13
-    # more words and 2 flags.
-    rows_bytes = 4 * ((2 * 64 + 17 + 2 * 16 + 13) * 4 + 2)
+    # All rows of requests are on every device: 1,024 biases and their tokens, 17 ends, the text in two pages of cells,
+    # a bit for each of 64 tokens, 13 more words and 3 flags.
+    rows_bytes = 4 * ((2 * 1024 + 17 + 2 * 16 + 2 + 13) * 4 + 3)
     for program in ("prefill", "decode"):
         report = answer["programs"][program]
         assert report["fits"]
