@@ -71,7 +71,8 @@ def read_object(body: bytes, *, known: tuple[str, ...], neutral: Neutral) -> dic
         if value is None:
             continue
         if name not in known and name not in neutral:
-            raise RequestError(f"Unknown parameter: {short(name)!r}. {nearest(short(name), known)}", param=short(name))
+            legal = short(nearest(short(name), known), 400)
+            raise RequestError(f"Unknown parameter: {short(name)!r}. {legal}", param=short(name))
         if name in neutral and not _is_neutral(name, value, neutral[name]):
             raise RequestError(f"{name} is not supported by this server: leave it out.", param=name)
     return fields

@@ -23,7 +23,17 @@ from gcompute.serve.next_token import choose
 from gcompute.serve.page_cache import PageCache
 from gcompute.serve.placement import one_row
 from gcompute.serve.shares import gather, put_back
-from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows, with_masks, with_tokens
+from gcompute.serve.state import (
+    EngineShape,
+    EngineState,
+    Rows,
+    Weights,
+    put_progress,
+    put_rows,
+    take_rows,
+    with_masks,
+    with_tokens,
+)
 
 Carry = tuple[Array, Rows, RowCache | PageCache, Choices]
 
@@ -151,7 +161,7 @@ def _choose_next(
     )
     # One cell less than what was read, as if the token were chosen by a step: `advance` counts it.
     row = advance(replace(row, length=length_1 - last_1, active=last_1), token_1[:, None], last_1.astype(jnp.int32))
-    return replace(state, rows=put_rows(state.rows, slot_1, row)), choices
+    return replace(state, rows=put_progress(state.rows, slot_1, row)), choices
 
 
 def decode(
@@ -217,7 +227,7 @@ def decode(
         num_cells=steps,
         shares=shares,
     )
-    return replace(state, pool=pool, rows=put_rows(state.rows, slots_B, rows)), replace(choices, steps=taken)
+    return replace(state, pool=pool, rows=put_progress(state.rows, slots_B, rows)), replace(choices, steps=taken)
 
 
 def advance(rows: Rows, tokens_BT: Int[Array, "b t"], count_B: Int[Array, "b"]) -> Rows:

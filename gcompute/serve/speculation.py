@@ -24,7 +24,7 @@ from gcompute.serve.next_token import choose
 from gcompute.serve.page_cache import PageCache
 from gcompute.serve.programs import advance
 from gcompute.serve.shares import gather, put_back
-from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_rows, take_rows, with_tokens
+from gcompute.serve.state import EngineShape, EngineState, Rows, Weights, put_progress, take_rows, with_tokens
 
 # A proposal follows the latest place where so many of the last tokens, or fewer, stood before.
 LONGEST_NGRAM = 3
@@ -158,7 +158,7 @@ def speculate(
     if draft_pool is not None:
         assert draft_cache is not None
         draft_pool = back(draft_pool, draft_cache)
-    rows = put_rows(state.rows, slots_B, rows)
+    rows = put_progress(state.rows, slots_B, rows)
     state = EngineState(pool=back(state.pool, cache), draft_pool=draft_pool, rows=rows)
     return state, replace(choices, steps=taken)
 

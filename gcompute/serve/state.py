@@ -202,3 +202,12 @@ def take_rows(rows: Rows, slots_B: Int[Array, "b"]) -> Rows:
 def put_rows(rows: Rows, slots_B: Int[Array, "b"], new: Rows) -> Rows:
     """The rows with `new` in the place of some; a slot that does not exist is passed over."""
     return jax.tree.map(lambda leaf, part: leaf.at[slots_B].set(part, mode="drop"), rows, new)
+
+
+def put_progress(rows: Rows, slots_B: Int[Array, "b"], new: Rows) -> Rows:
+    """As `put_rows`, of what a step changes: what was asked for stays where it is, and on a mesh is not sent."""
+
+    def put(name: str) -> Array:
+        return getattr(rows, name).at[slots_B].set(getattr(new, name), mode="drop")
+
+    return replace(rows, **{name: put(name) for name in ("history", "length", "active", "remaining")})
