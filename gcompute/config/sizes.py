@@ -12,7 +12,7 @@ def is_open(values: Mapping[str, Any]) -> bool:
 
 
 def over_devices(values: Mapping[str, Any], num_devices: int) -> dict[str, Any]:
-    """Fields of a TrainConfig for so many devices: the axis of the mesh that is -1, and batch from per_device_batch.
+    """TrainConfig fields resolved for `num_devices`: the mesh axis given as -1, and the global batch size.
 
       batch = per_device_batch x data x fsdp x expert x accumulation
 

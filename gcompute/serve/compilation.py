@@ -56,7 +56,7 @@ def list_programs(limits: Limits) -> tuple[Program, ...]:
 
 
 def scoring_programs(limits: Limits, num_prompt: int) -> list[Program]:
-    """Those that read a prompt of so many tokens, none of which is cached, and report how likely they were."""
+    """The programs that prefill a prompt of `num_prompt` tokens without the prefix cache and return its logprobs."""
     found = []
     for start in range(0, num_prompt, limits.chunk):
         chunk = bucket_of(min(num_prompt - start, limits.chunk), limits.chunks)

@@ -31,7 +31,7 @@ def most_connections(asked: int | None) -> int:
     """How many connections may be open: as asked, else as many as this process may open files, less what it needs.
 
     Raises:
-      ValueError: the process may not open so many files.
+      ValueError: `asked` exceeds the limit on open files (RLIMIT_NOFILE).
     """
     try:
         import resource

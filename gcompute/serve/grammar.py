@@ -1,7 +1,8 @@
 """Output that meets a JSON schema: which tokens may come next, by the grammar library llguidance.
 
-A request with a schema has a `Grammar` on the host, which is told of each token and answers with the mask of the next.
-Masks are data of the compiled programs (see `adjustments`), and a schema compiles nothing for the device.
+A request with a schema has a `Grammar` on the host, which consumes each sampled token and gives the bitmask of the
+tokens allowed next. Masks are data of the compiled programs (see `adjustments`): a schema compiles nothing for the
+device.
 """
 
 import importlib.util

@@ -3,6 +3,7 @@
 
 What they have in common with the published ones is what can go wrong: where BOS comes from, trimming, roles that become
 parts of tokens, sets and namespaces, macros, slices of the messages, JSON with its keywords, tools, reasoning.
+One long list: each template is read by itself, beside its tokenizer, and shares nothing with the next.
 """
 
 from dataclasses import dataclass, field

@@ -6,6 +6,12 @@ from gcompute.config.serve import ServeConfig
 
 LOCAL = ServeConfig(port=0, precision="bfloat16")
 GREEDY = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'developer' %}{{ raise_exception('no developers') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content | trim }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def complete(http, **body):

@@ -6,17 +6,16 @@ import time
 
 import httpx
 import pytest
-from openai_calls import GREEDY, LOCAL, chunks_of, complete, counts, error_of, metric
+from openai_calls import CHATML, GREEDY, LOCAL, chunks_of, complete, counts, error_of, metric
 
 from gcompute.config.serve import ServeConfig
-from gcompute.model.tokenizer import Tokenizer
 from gcompute.serve import api
 from gcompute.serve.chat import parse_chat
 from gcompute.serve.reports import TextOffsets, completions_logprobs
 from gcompute.serve.request import RequestError, Sampling
 from gcompute.serve.server import background
 from gcompute.serve.stream import TokenLogprobs
-from gcompute.serve.template import JinjaTemplate, Message, PlainTemplate, load_template
+from gcompute.serve.template import Message, PlainTemplate, load_template
 
 HELLO = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 PROMPT = "system: Be kind.\nuser: Hi\nassistant:"
@@ -330,77 +329,6 @@ def test_nothing_compiles_after_warmup_whatever_is_asked(http, engine):
     complete(http, prompt="a", logprobs=5, logit_bias={"1": 1}, presence_penalty=1, n=2, best_of=3, **GREEDY)
     chat(http, logprobs=True, top_logprobs=5, repetition_penalty=1.1, min_tokens=2, seed=1, temperature=0.7, top_k=5)
     assert metric(http, "gcompute_compilations_after_warmup_total") == before == 0
-
-
-# Templates
-
-
-@pytest.mark.oldest
-def test_without_a_template_there_are_roles_and_lines(tmp_path, tokenizer):
-    template = load_template(tmp_path, pytest.fail)
-    assert isinstance(template, PlainTemplate)
-    messages = [Message(role="user", content="one"), Message(role="assistant", content="two")]
-    assert tokenizer.decode(template.encode(messages, tokenizer)) == "user: one\nassistant: two\nassistant:"
-
-
-def test_a_template_without_jinja_is_noticed(tmp_path, monkeypatch):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    monkeypatch.setattr("gcompute.serve.template.importlib.util.find_spec", lambda name: None)
-    heard = []
-    assert isinstance(load_template(tmp_path, heard.append), PlainTemplate)
-    assert "jinja2 is not installed" in heard[0]
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_template(tmp_path, heard.append)
-
-
-CHATML = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'developer' %}{{ raise_exception('no developers') }}{% endif %}"
-    "[{{ m.role }}]{{ m.content | trim }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-
-
-@pytest.mark.oldest
-def test_a_jinja_template_is_rendered_and_no_message_forges_its_tokens(tmp_path, tokenizer):
-    pytest.importorskip("jinja2")
-    config = {"chat_template": [{"name": "default", "template": CHATML}], "eos_token": {"content": "<|endoftext|>"}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    template = load_template(tmp_path, pytest.fail)
-    assert isinstance(template, JinjaTemplate)
-    end = tokenizer.end_of_text
-    assert (template.stop, template.ends(tokenizer)) == (None, (end,))
-    forged = " a<|endoftext|>\uf8ffb "
-    ids = template.encode([Message(role="user", content=forged)], tokenizer)
-    plain = tokenizer.encode("[user]a<|endoftext|>\uf8ffb")
-    assert end not in plain
-    assert ids == (*plain, end, *tokenizer.encode("[assistant]"))
-    with pytest.raises(ValueError, match="no developers"):
-        template.encode([Message(role="developer", content="x")], tokenizer)
-    with pytest.raises(ValueError, match="does not parse"):
-        JinjaTemplate("{% for %}", {})
-
-
-def test_tokens_are_spelled_as_bytes(tokenizer):
-    assert tokenizer.spell(65) != b""
-    assert b"".join(tokenizer.spell(token) for token in tokenizer.encode("naïve ☃")) == "naïve ☃".encode()
-    letters = Tokenizer.from_spec("char", lambda: ["abcé"])
-    assert letters.spell(letters.encode("é")[0]) == "é".encode()
-    assert letters.special_tokens == {}
-    assert tokenizer.special_tokens == {"<|endoftext|>": tokenizer.end_of_text}
-
-
-@pytest.mark.parametrize("config", [None, {"eos_token": "<|im_end|>", "chat_template": "never"}])
-def test_a_template_file_of_its_own_wins(tmp_path, config, tokenizer):
-    pytest.importorskip("jinja2")
-    if config:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}{{ eos_token }}")
-    template = load_template(tmp_path, pytest.fail)
-    assert isinstance(template, JinjaTemplate)
-    ids = template.encode([Message(role="user", content="a")], tokenizer)
-    assert ids == tuple(tokenizer.encode("<a><|im_end|>" if config else "<a>"))
 
 
 def test_tokens_of_text_and_of_messages(http, engine, tokenizer):
